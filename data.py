@@ -1,0 +1,297 @@
+"""Pictures and hole masks: reading, pairing, loading a folder, writing, and random holes.
+
+Conventions: pictures are uint8 (3, H, W) RGB at file borders and float [-1, 1] inside; masks are bool (1, H, W) with
+True = hole (unknown, to be filled). Mask *files* are 0 (black) = hole and 255 = known.
+
+Check folders for leaks:      python data.py check TRAIN VAL TEST
+Split a folder without leaks: python data.py split PICTURES --output DIR --val-share 0.1
+Pack a folder into shards:    python data.py shards PICTURES --output DIR/shards-%06d.tar --size 64
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+MAX_PIXELS = 100_000_000    # a larger picture is refused before it is decoded: a small file can hold a huge one
+MASK_THRESHOLD = 128        # gray levels below it are black
+
+
+class DataError(ValueError):
+    """The user's pictures, masks or folders are not what was asked for; the message is a sentence for them."""
+
+    user_error = True
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def find_images(path: str | Path) -> dict[str, Path]:
+    """List the pictures of a folder (not of its subfolders) by stem, sorted; a file gives itself.
+
+    Raises DataError if the path is missing or has no picture, or if two pictures share a stem (a.jpg and a.png).
+    """
+    path = Path(path)
+    if path.is_file():
+        return {path.stem: path}
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist; give a picture or a folder of pictures")
+    found: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or not file.is_file():
+            continue
+        if file.stem in found:
+            raise DataError(f"{found[file.stem].name} and {file.name} in {path} share a name; remove or rename one")
+        found[file.stem] = file
+    if not found:
+        raise DataError(f"no picture in {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))} (not in subfolders)")
+    return dict(sorted(found.items()))
+
+
+def pair(images: str | Path, masks: str | Path) -> list[tuple[str, Path, Path]]:
+    """Pair pictures with masks of the same stem, never by position: [(stem, image file, mask file)], sorted by stem.
+
+    A single mask file serves every picture; a single picture takes its mask from a folder of masks.
+    Raises DataError if any picture lacks its mask, or any mask its picture.
+    """
+    image_files, mask_files = find_images(images), find_images(masks)
+    if Path(masks).is_file():
+        mask = Path(masks)
+        return [(stem, image, mask) for stem, image in image_files.items()]
+    if Path(images).is_file():
+        mask_files = {stem: mask for stem, mask in mask_files.items() if stem in image_files}
+    for have, lack, have_word, lack_word in ((image_files, mask_files, "picture", "mask"),
+                                             (mask_files, image_files, "mask", "picture")):
+        alone = [stem for stem in have if stem not in lack]
+        if alone:
+            some = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
+            raise DataError(f"{len(alone)} {have_word}(s) have no {lack_word} of the same name: {some}; "
+                            f"looked in {images} and {masks}")
+    return [(stem, image, mask_files[stem]) for stem, image in image_files.items()]
+
+
+# ---- pixels ---------------------------------------------------------------------------------------------------------
+
+def read_image(path: str | Path) -> Tensor:
+    """Read a picture as uint8 (3, H, W) RGB.
+
+    Any mode that Pillow reads: gray, palette, alpha (composited on white), CMYK, 16-bit (scaled, not clipped); turned
+    as its EXIF tag says; of an animation the first frame. Raises DataError naming the file.
+    """
+    return _to_tensor(_open_rgb(Path(path)))
+
+
+def read_mask(path: str | Path, hole: str = "black") -> Tensor:
+    """Read a mask as bool (1, H, W), True = hole. `hole` says which colour marks it in the file: black or white.
+
+    Gray levels in between (a mask saved as JPEG, or resized) are cut at 128, with a warning.
+    """
+    if hole not in ("black", "white"):
+        raise DataError(f"unknown hole colour {hole!r}; expected 'black' or 'white'")
+    rgb = read_image(path).int()                                                # (3, H, W)
+    soft = ((rgb != 0) & (rgb != 255)).any(0).float().mean().item()
+    if soft > 0:
+        warnings.warn(f"mask {path} has gray levels between 0 and 255 in {soft:.1%} of its pixels; "
+                      f"those below {MASK_THRESHOLD} count as black", stacklevel=2)
+    black = rgb.sum(0, keepdim=True) < 3 * MASK_THRESHOLD                       # (1, H, W)
+    return black if hole == "black" else ~black
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1], any shape."""
+    return image.float() / 127.5 - 1
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """float [-1, 1] (clamped) -> uint8 [0, 255], rounded; the exact inverse of `to_float`."""
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_image(path: str | Path, image: Tensor) -> None:
+    """Write a uint8 (3, H, W) picture as PNG; it appears under its name only when complete."""
+    path = Path(path)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"write_image takes uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
+    if path.suffix.lower() != ".png":
+        raise DataError(f"pictures are written as PNG (lossless), so {path.name} must end in .png")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def _open_rgb(path: Path) -> Image.Image:
+    """Decode a file to a Pillow RGB picture; DataError names the file."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{path} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
+            return _to_rgb(ImageOps.exif_transpose(image), path)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{path} has more than the {MAX_PIXELS:,} pixels allowed") from None
+    except Exception as error:    # a broken file makes decoders raise anything: OSError, SyntaxError, struct.error...
+        raise DataError(f"cannot read {path} as a picture: {error}") from error
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode == "F":
+        raise DataError(f"{path} holds floating-point pixels, whose range is not defined; save it as 8 or 16 bit")
+    if image.mode.startswith("I"):    # 16 bit; Pillow's own conversion would clip at 255
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise DataError(f"{path} holds 32-bit pixels, whose range is not defined; save it as 8 or 16 bit")
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")    # 65535 = 255 * 257
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()      # (3, H, W)
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+def read_square(path: str | Path, size: int) -> Tensor:
+    """Read a picture, cut the largest centred square, resize it (antialiased) if needed: uint8 (3, size, size)."""
+    image = _open_rgb(Path(path))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return _to_tensor(image)
+
+
+def load_folder(path: str | Path, size: int, bad_images: str = "error") -> Tensor:
+    """Read every picture of a folder, sorted by stem, as uint8 (M, 3, size, size), each cut to its centred square.
+
+    `bad_images`: "error" stops at a file that cannot be read, "skip" leaves it out and says so at the end.
+    Raises DataError if there is no (readable) picture.
+    """
+    if bad_images not in ("error", "skip"):
+        raise DataError(f"unknown bad_images {bad_images!r}; expected 'error' or 'skip'")
+    files = list(find_images(path).values())
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+
+    def load(index: int) -> DataError | None:
+        try:
+            images[index] = read_square(files[index], size)
+        except DataError as error:
+            if bad_images == "error":
+                raise
+            return error
+        return None
+
+    with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
+        results = pool.map(load, range(len(files)))
+        errors = list(tqdm(results, total=len(files), desc=f"reading {path}", unit="picture", disable=None))
+    bad = [error for error in errors if error is not None]
+    if len(bad) == len(files):
+        raise DataError(f"none of the {len(files)} picture(s) in {path} can be read; the first: {bad[0]}")
+    if bad:
+        images = images[torch.tensor([error is None for error in errors])]
+        print(f"skipped {len(bad)} of {len(files)} pictures in {path}:", *bad[:10], sep="\n  ", file=sys.stderr)
+        if len(bad) > 10:
+            print(f"  ... and {len(bad) - 10} more", file=sys.stderr)
+    return images
+
+
+# ---- random holes ---------------------------------------------------------------------------------------------------
+
+# Share of each family, and what it is for: walks are the shape of the test set's holes; strokes and boxes, of 5 to
+# 60 % of the picture, keep a model trained on them useful for hand-drawn holes.
+STROKE_SHARE, BOX_SHARE = 0.15, 0.10
+WALK_STEPS = 0.8    # steps per pixel of the picture; gives the test masks' 20.8 % hole at 64x64
+
+
+def random_holes(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Draw hole masks like the test set's: bool (count, 1, size, size) on the generator's device, True = hole.
+
+    Three quarters are random walks, the rest brush strokes and boxes. Every mask has a hole and a known pixel. The
+    result is a function of the arguments and the generator's state alone.
+    """
+    if size < 2:
+        raise ValueError(f"size ({size}) must be at least 2, so that a mask has a hole and a known pixel")
+    kind = torch.rand(count, generator=generator, device=generator.device)
+    stroke, box = kind < STROKE_SHARE, kind > 1 - BOX_SHARE
+    holes = torch.empty(count, size * size, dtype=torch.bool, device=generator.device)
+    walk = ~(stroke | box)
+    holes[walk] = _walks(int(walk.sum()), size, generator)
+    holes[stroke] = _nearest(_distance_to_polyline(int(stroke.sum()), size, generator), generator)
+    holes[box] = _nearest(_distance_to_box_centre(int(box.sum()), size, generator), generator)
+    holes[holes.all(1), 0] = False                  # at tiny sizes a walk can cover everything
+    return holes.view(count, 1, size, size)
+
+
+def _walks(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """The pixels visited by a lattice walk from a random start, which stays in place when it would leave the picture.
+
+    Such a walk is, in law, a free walk folded back at the borders: -1 -> 0, -2 -> 1, ...; so a cumulative sum and a
+    remainder replace the loop over steps. Returns bool (count, size * size).
+    """
+    steps = max(1, round(WALK_STEPS * size * size))
+    options = {"generator": generator, "device": generator.device, "dtype": torch.int32}
+    direction = torch.randint(4, (count, steps), **options)                     # bit 0: sign, bit 1: axis
+    sign, vertical = 1 - 2 * (direction & 1), direction >> 1
+    cell = torch.zeros(count, steps, dtype=torch.int32, device=generator.device)
+    for move in (sign * vertical, sign * (1 - vertical)):                       # rows, then columns
+        start = torch.randint(size, (count, 1), **options)
+        free = (start + move.cumsum(1, dtype=torch.int32)).remainder(2 * size)  # (count, steps) in [0, 2 * size)
+        cell = cell * size + torch.minimum(free, 2 * size - 1 - free)
+    holes = torch.zeros(count, size * size, dtype=torch.bool, device=generator.device)
+    return holes.scatter_(1, cell.long(), True)
+
+
+def _nearest(distance: Tensor, generator: torch.Generator) -> Tensor:
+    """Mark the nearest pixels, a share of 5 to 60 % (small ones more often). distance (n, P) -> bool (n, P)."""
+    n, pixels = distance.shape
+    share = 0.05 + 0.55 * torch.rand(n, 1, generator=generator, device=distance.device) ** 2
+    last = (share * pixels).long().clamp(min=1) - 1                             # (n, 1) index of the last one marked
+    return distance <= distance.sort(1).values.gather(1, last)
+
+
+def _pixel_grid(size: int, device: torch.device) -> Tensor:
+    """Pixel centres in [0, 1], row by row: (size * size, 2) as (y, x)."""
+    centres = (torch.arange(size, device=device) + 0.5) / size
+    return torch.cartesian_prod(centres, centres)
+
+
+def _distance_to_polyline(count: int, size: int, generator: torch.Generator, corners: int = 4) -> Tensor:
+    """Euclidean distance of each pixel to a random polyline: (count, size * size)."""
+    points = torch.rand(count, corners, 1, 2, generator=generator, device=generator.device)
+    start, along = points[:, :-1], points.diff(dim=1)                           # (count, corners - 1, 1, 2)
+    offset = _pixel_grid(size, generator.device) - start                        # (count, corners - 1, P, 2)
+    t = ((offset * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-12)).clamp(0, 1)
+    return (offset - t * along).square().sum(-1).amin(1).sqrt()                 # (count, P)
+
+
+def _distance_to_box_centre(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Chebyshev distance of each pixel to a random point, stretched by an aspect of 1/2 to 2: (count, size * size).
+
+    The pixels nearest to the point in this distance form a box.
+    """
+    centre = torch.rand(count, 1, 2, generator=generator, device=generator.device)
+    stretch = 2 ** (torch.rand(count, 1, 1, generator=generator, device=generator.device) - 0.5)
+    offset = (_pixel_grid(size, generator.device) - centre).abs()               # (count, P, 2)
+    return torch.maximum(offset[..., :1] * stretch, offset[..., 1:] / stretch).squeeze(-1)
