@@ -10,16 +10,23 @@ Pack a folder into shards:    python data.py shards PICTURES --output DIR/shards
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import tarfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -45,8 +52,12 @@ def find_images(path: str | Path) -> dict[str, Path]:
         return {path.stem: path}
     if not path.is_dir():
         raise DataError(f"{path} does not exist; give a picture or a folder of pictures")
+    try:
+        files = sorted(path.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot list {path}: {error.strerror}") from error
     found: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
+    for file in files:
         if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or not file.is_file():
             continue
         if file.stem in found:
@@ -87,7 +98,7 @@ def read_image(path: str | Path) -> Tensor:
     Any mode that Pillow reads: gray, palette, alpha (composited on white), CMYK, 16-bit (scaled, not clipped); turned
     as its EXIF tag says; of an animation the first frame. Raises DataError naming the file.
     """
-    return _to_tensor(_open_rgb(Path(path)))
+    return _to_tensor(open_rgb(path))
 
 
 def read_mask(path: str | Path, hole: str = "black") -> Tensor:
@@ -135,30 +146,30 @@ def write_image(path: str | Path, image: Tensor) -> None:
             temporary.unlink()
 
 
-def _open_rgb(path: Path) -> Image.Image:
-    """Decode a file to a Pillow RGB picture; DataError names the file."""
+def open_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Decode a file, or an open one that DataError shall call `name`, to a Pillow picture of mode RGB (see read_image).
+    """
+    name = name or str(source)
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
-            return _to_rgb(ImageOps.exif_transpose(image), path)
+                raise DataError(f"{name} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
+            return _to_rgb(ImageOps.exif_transpose(image), name)
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except Image.DecompressionBombError:
-        raise DataError(f"{path} has more than the {MAX_PIXELS:,} pixels allowed") from None
+        raise DataError(f"{name} does not exist; give the path of a picture") from None
     except Exception as error:    # a broken file makes decoders raise anything: OSError, SyntaxError, struct.error...
-        raise DataError(f"cannot read {path} as a picture: {error}") from error
+        raise DataError(f"cannot read {name} as a picture: {error}") from error
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
-        raise DataError(f"{path} holds floating-point pixels, whose range is not defined; save it as 8 or 16 bit")
+        raise DataError(f"{name} holds floating-point pixels, whose range is not defined; save it as 8 or 16 bit")
     if image.mode.startswith("I"):    # 16 bit; Pillow's own conversion would clip at 255
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
-            raise DataError(f"{path} holds 32-bit pixels, whose range is not defined; save it as 8 or 16 bit")
+            raise DataError(f"{name} holds 32-bit pixels, whose range is not defined; save it as 8 or 16 bit")
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")    # 65535 = 255 * 257
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -172,9 +183,9 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 # ---- folders --------------------------------------------------------------------------------------------------------
 
-def read_square(path: str | Path, size: int) -> Tensor:
+def read_square(source: str | Path | BinaryIO, size: int, name: str | None = None) -> Tensor:
     """Read a picture, cut the largest centred square, resize it (antialiased) if needed: uint8 (3, size, size)."""
-    image = _open_rgb(Path(path))
+    image = open_rgb(source, name)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
@@ -215,6 +226,102 @@ def load_folder(path: str | Path, size: int, bad_images: str = "error") -> Tenso
         if len(bad) > 10:
             print(f"  ... and {len(bad) - 10} more", file=sys.stderr)
     return images
+
+
+# ---- shards ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class ShardStream(IterableDataset):
+    """One epoch of a rank's pictures from WebDataset shards: yields uint8 (3, size, size). Made by `open_shards`."""
+
+    urls: list[str]
+    size: int
+    batch_size: int
+    seed: int | None
+    epoch: int
+    rank: int
+    world_size: int
+    start: int
+    buffer: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        for position, sample in self._shuffled(self.start * self.world_size):
+            index, rank = divmod(position, self.world_size)
+            if rank == self.rank:
+                mine = sample
+            turn = (index - self.start) // self.batch_size % workers
+            if rank == self.world_size - 1 and turn == worker:    # now every rank has one: all give equally many
+                yield self._decode(mine)
+
+    def _shuffled(self, first: int) -> Iterator[tuple[int, dict]]:
+        """The epoch's samples from position `first` on, all ranks together, as (position, undecoded sample).
+
+        Shards come in the order of (seed, epoch); inside, each run of `buffer` samples is permuted by itself, so that
+        an earlier run need not be replayed and no more than `buffer` samples are held.
+        """
+        urls = self.urls
+        if self.seed is not None:
+            urls = [urls[i] for i in np.random.default_rng((self.seed, self.epoch)).permutation(len(urls))]
+        samples = _read_shards(urls)
+        block, offset = divmod(first, self.buffer)
+        next(islice(samples, block * self.buffer, block * self.buffer), None)    # read over them, decode nothing
+        while chunk := list(islice(samples, self.buffer)):
+            order = np.arange(len(chunk))
+            if self.seed is not None:
+                order = np.random.default_rng((self.seed, self.epoch, block + 1)).permutation(len(chunk))
+            for i in range(offset, len(chunk)):
+                yield block * self.buffer + i, chunk[order[i]]
+            block, offset = block + 1, 0
+
+    def _decode(self, sample: dict) -> Tensor:
+        name = f"{sample['__key__']} of {sample['__url__']}"
+        data = next((value for key, value in sample.items() if f".{key}" in IMAGE_SUFFIXES), None)
+        if data is None:
+            fields = sorted(key for key in sample if not key.startswith("_"))
+            raise DataError(f"sample {name} holds no picture; its fields are {', '.join(fields)}")
+        return read_square(io.BytesIO(data), self.size, name)
+
+
+def open_shards(pattern: str, size: int, *, batch_size: int = 1, seed: int | None = 0, epoch: int = 0, rank: int = 0,
+                world_size: int = 1, start: int = 0, buffer: int = 4096) -> ShardStream:
+    """Stream one epoch of pictures from WebDataset shards: an iterable of uint8 (3, size, size), cut as in load_folder.
+
+    The order is a function of (seed, epoch) alone, and rank r takes samples r, r + world_size, ...: batch k of a rank
+    is a function of (seed, epoch, k, rank), the union of the ranks' batches does not depend on their number, and every
+    rank gives equally many (up to world_size - 1 samples at the end are left out). For that every rank reads all
+    shards and decodes its own samples only. In a DataLoader with workers, give both the same `batch_size`: then any
+    number of workers gives the batches that none gives.
+
+    Args:
+        pattern: file name with braces, such as "cats-{000000..000009}.tar", or anything else WebDataset opens.
+        seed: None keeps the order of the files.
+        start: samples of this rank to skip; batch k begins at start = k * batch_size. They are read, not decoded.
+        buffer: undecoded samples held, and shuffled among each other. `shards` writes in random order, so that a
+            buffer smaller than the set suffices.
+    """
+    import webdataset
+
+    if not 0 <= rank < world_size or start < 0 or epoch < 0 or min(size, batch_size, buffer) < 1 or (seed or 0) < 0:
+        raise ValueError(f"open_shards needs 0 <= rank ({rank}) < world_size ({world_size}), start ({start}), epoch "
+                         f"({epoch}) and seed ({seed}) >= 0, size ({size}), batch_size ({batch_size}) and buffer "
+                         f"({buffer}) >= 1")
+    urls = webdataset.shardlists.expand_urls(str(pattern))
+    missing = [url for url in urls if ":" not in url and not Path(url).is_file()]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(urls)} shard(s) of {pattern} do not exist; the first: {missing[0]}")
+    return ShardStream(urls, size, batch_size, seed, epoch, rank, world_size, start, buffer)
+
+
+def _read_shards(urls: list[str]) -> Iterator[dict]:
+    """Undecoded samples, file by file: {"__key__": ..., "__url__": ..., "png": bytes}."""
+    import webdataset
+
+    try:
+        yield from webdataset.DataPipeline(webdataset.SimpleShardList(urls), webdataset.tarfile_to_samples())
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise DataError(f"cannot read the shards: {error}") from error
 
 
 # ---- random holes ---------------------------------------------------------------------------------------------------
@@ -295,3 +402,14 @@ def _distance_to_box_centre(count: int, size: int, generator: torch.Generator) -
     stretch = 2 ** (torch.rand(count, 1, 1, generator=generator, device=generator.device) - 0.5)
     offset = (_pixel_grid(size, generator.device) - centre).abs()               # (count, P, 2)
     return torch.maximum(offset[..., :1] * stretch, offset[..., 1:] / stretch).squeeze(-1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `check`, `split` or `shards` (see dataset_tools.py)."""
+    import dataset_tools  # here, because it imports this module
+
+    return dataset_tools.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
