@@ -1,0 +1,727 @@
+"""data.py and its command line: reading, pairing, holes, duplicates, splits, shards."""
+
+import json
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+import dataset_tools
+from data import DataError
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(seed: int = 0, height: int = 32, width: int = 32) -> np.ndarray:
+    """A smooth random picture, uint8 (height, width, 3), that survives JPEG."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def read_hwc(path: Path) -> np.ndarray:
+    return data.read_image(path).permute(1, 2, 0).numpy()
+
+
+# ---- files and pairs ------------------------------------------------------------------------------------------------
+
+def test_find_images_sorts_by_stem_and_leaves_out_what_is_no_picture(tmp_path):
+    for name in ("b.png", "a.JPG", "a-1.png", ".hidden.png"):
+        save(tmp_path / name, picture(), format="PNG")
+    save(tmp_path / "sub" / "c.png", picture())
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    found = data.find_images(tmp_path)
+    assert list(found) == ["a", "a-1", "b"]
+    assert found["a"] == tmp_path / "a.JPG"
+    assert data.find_images(tmp_path / "b.png") == {"b": tmp_path / "b.png"}
+
+
+def test_find_images_refuses_missing_empty_ambiguous_and_unreadable(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        data.find_images(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no picture in"):
+        data.find_images(tmp_path)
+    save(tmp_path / "a.png", picture())
+    save(tmp_path / "a.jpg", picture())
+    with pytest.raises(DataError, match="a.jpg and a.png .* share a name"):
+        data.find_images(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match="cannot list .*: Permission denied"):
+        data.find_images(tmp_path)
+
+
+def test_pair_goes_by_stem(tmp_path):
+    for stem in ("a", "b", "c"):
+        save(tmp_path / "image" / f"{stem}.jpg", picture())
+        save(tmp_path / "mask" / f"{stem}.png", picture())
+    images, masks = tmp_path / "image", tmp_path / "mask"
+    assert data.pair(images, masks) == [(s, images / f"{s}.jpg", masks / f"{s}.png") for s in "abc"]
+    assert data.pair(images, masks / "b.png") == [(s, images / f"{s}.jpg", masks / "b.png") for s in "abc"]
+    assert data.pair(images / "b.jpg", masks) == [("b", images / "b.jpg", masks / "b.png")]
+    assert data.pair(images / "b.jpg", masks / "a.png") == [("b", images / "b.jpg", masks / "a.png")]
+
+
+def test_pair_refuses_what_is_alone(tmp_path):
+    for i in range(8):
+        save(tmp_path / "image" / f"{i}.png", picture())
+    save(tmp_path / "mask" / "7.png", picture())
+    with pytest.raises(DataError, match=r"7 picture\(s\) have no mask of the same name: 0, 1, 2, 3, 4, \.\.\.;"):
+        data.pair(tmp_path / "image", tmp_path / "mask")
+    with pytest.raises(DataError, match=r"7 mask\(s\) have no picture of the same name"):
+        data.pair(tmp_path / "mask", tmp_path / "image")
+    with pytest.raises(DataError, match=r"1 picture\(s\) have no mask of the same name: 3;"):
+        data.pair(tmp_path / "image" / "3.png", tmp_path / "mask")
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+def test_rgb_comes_back_exactly(tmp_path):
+    pixels = picture(height=5, width=7)
+    image = data.read_image(save(tmp_path / "a.png", pixels))
+    assert image.dtype == torch.uint8 and image.shape == (3, 5, 7)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+
+
+@pytest.mark.parametrize("mode, suffix", [("1", "png"), ("L", "png"), ("P", "gif"), ("P", "png"), ("CMYK", "tif"),
+                                          ("YCbCr", "tif"), ("HSV", None), ("L", "jpg"), ("CMYK", "jpg")])
+def test_every_mode_reads_as_pillow_shows_it(tmp_path, mode, suffix):
+    image = Image.fromarray(picture()).convert(mode)
+    if suffix is None:
+        assert data._to_rgb(image, "a").tobytes() == image.convert("RGB").tobytes()
+        return
+    image.save(tmp_path / f"a.{suffix}")
+    expected = np.asarray(image.convert("RGB")).astype(int)
+    error = np.abs(read_hwc(tmp_path / f"a.{suffix}").astype(int) - expected)
+    assert error.mean() < 3 if suffix == "jpg" else error.max() <= 1    # libtiff converts YCbCr by its own rounding
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_composited_on_white(tmp_path, mode):
+    color = (200, 100, 50, 128) if mode == "RGBA" else (200, 128)
+    image = Image.new(mode, (2, 1), color)
+    image.putpixel((1, 0), (*color[:-1], 0))
+    image.save(tmp_path / "a.png")
+    half, clear = data.read_image(tmp_path / "a.png")[:, 0].T.tolist()
+    colors = color[:3] if mode == "RGBA" else [200] * 3
+    assert half == pytest.approx([255 + (c - 255) * 128 / 255 for c in colors], abs=1)
+    assert clear == [255, 255, 255]
+
+
+def test_transparent_palette_and_colour_key_are_white(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "palette.png", transparency=1)
+    assert data.read_image(tmp_path / "palette.png")[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "key.png", transparency=(1, 2, 3))
+    assert data.read_image(tmp_path / "key.png").flatten().tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bit_gray_is_scaled_not_clipped(tmp_path, name):
+    levels = np.array([[0, 128, 129, 255, 256, 257, 32768, 65278, 65535]], dtype=np.uint16)
+    save(tmp_path / name, levels)
+    expected = np.rint(levels / 257).astype(int)[0].tolist()
+    assert expected[-1] == 255 and expected[3] == 1
+    assert data.read_image(tmp_path / name)[:, 0].tolist() == [expected] * 3
+
+
+def test_16_bit_gray_big_endian_and_rgb(tmp_path):
+    levels = np.array([[0, 257 * 7, 65535]], dtype=np.uint16)
+    Image.frombytes("I;16B", (3, 1), levels.astype(">u2").tobytes()).save(tmp_path / "a.tif")
+    assert data.read_image(tmp_path / "a.tif")[0, 0].tolist() == [0, 7, 255]
+    cv2 = pytest.importorskip("cv2", reason="Pillow cannot write 16-bit RGB")
+    cv2.imwrite(str(tmp_path / "b.png"), np.array([[[257 * 3, 257 * 2, 257 * 200]]], dtype=np.uint16))    # BGR
+    assert data.read_image(tmp_path / "b.png").flatten().tolist() == [200, 2, 3]
+
+
+def test_pixels_without_a_defined_range_are_refused(tmp_path):
+    save(tmp_path / "float.tif", np.zeros((2, 2), dtype=np.float32))
+    with pytest.raises(DataError, match="float.tif holds floating-point"):
+        data.read_image(tmp_path / "float.tif")
+    save(tmp_path / "int.tif", np.array([[70000]], dtype=np.int32))
+    with pytest.raises(DataError, match="int.tif holds 32-bit"):
+        data.read_image(tmp_path / "int.tif")
+
+
+@pytest.mark.parametrize("orientation, turn", [
+    (1, lambda x: x), (2, lambda x: x[:, ::-1]), (3, lambda x: x[::-1, ::-1]), (4, lambda x: x[::-1]),
+    (5, lambda x: x.transpose(1, 0, 2)), (6, lambda x: np.rot90(x, -1)),
+    (7, lambda x: x[::-1, ::-1].transpose(1, 0, 2)), (8, lambda x: np.rot90(x))])
+def test_exif_orientation_is_applied(tmp_path, orientation, turn):
+    pixels = picture(height=3, width=5)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path / "a.png", pixels, exif=exif)
+    assert np.array_equal(read_hwc(tmp_path / "a.png"), turn(pixels))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_an_animation_gives_its_first_frame(tmp_path, name):
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+    assert data.read_image(tmp_path / name)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_broken_files_are_named(tmp_path):
+    good = save(tmp_path / "good.jpg", picture(height=64, width=64)).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(good[:len(good) // 2])
+    (tmp_path / "text.jpg").write_text("I am no picture")
+    (tmp_path / "empty.png").touch()
+    png = bytearray(save(tmp_path / "good.png", picture()).read_bytes())
+    png[40:60] = bytes(20)
+    (tmp_path / "broken.png").write_bytes(png)
+    for name in ("cut.jpg", "text.jpg", "empty.png", "broken.png"):
+        with pytest.raises(DataError, match=f"cannot read .*{name} as a picture"):
+            data.read_image(tmp_path / name)
+    with pytest.raises(DataError, match="nowhere.png does not exist"):
+        data.read_image(tmp_path / "nowhere.png")
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    path = save(tmp_path / "bomb.png", picture(height=20, width=30))
+    monkeypatch.setattr(data, "MAX_PIXELS", 600)
+    assert data.read_image(path).shape == (3, 20, 30)
+    monkeypatch.setattr(data, "MAX_PIXELS", 599)
+    with pytest.raises(DataError, match="bomb.png has 30x20 pixels, more than the 599 allowed"):
+        data.read_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)    # Pillow's own limit comes first for the largest
+    with pytest.raises(DataError, match="bomb.png"):
+        data.read_image(path)
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+def test_mask_polarity(tmp_path):
+    gray = np.array([[0, 255, 255]], dtype=np.uint8)
+    path = save(tmp_path / "a.png", gray)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mask = data.read_mask(path)
+        assert mask.dtype == torch.bool and mask.tolist() == [[[True, False, False]]]
+        assert torch.equal(data.read_mask(path, hole="white"), ~mask)
+    with pytest.raises(DataError, match="unknown hole colour 'grey'; expected 'black' or 'white'"):
+        data.read_mask(path, hole="grey")
+
+
+def test_soft_masks_are_cut_at_128_with_a_warning(tmp_path):
+    path = save(tmp_path / "a.png", np.array([[0, 1, 127, 128, 254, 255, 255, 255]], dtype=np.uint8))
+    with pytest.warns(UserWarning, match=r"a.png has gray levels between 0 and 255 in 50.0% of its pixels"):
+        mask = data.read_mask(path)
+    assert mask.flatten().tolist() == [True, True, True, False, False, False, False, False]
+    with pytest.warns(UserWarning):
+        assert torch.equal(data.read_mask(path, hole="white"), ~mask)
+
+
+# ---- values and writing ---------------------------------------------------------------------------------------------
+
+def test_float_and_back_is_exact_for_all_values():
+    values = torch.arange(256, dtype=torch.uint8)
+    x = data.to_float(values)
+    assert x.dtype == torch.float32 and x[0] == -1 and x[-1] == 1
+    assert torch.equal(data.to_uint8(x), values)
+    assert torch.equal(data.to_uint8(x.double()), values)
+    assert data.to_uint8(torch.tensor([-3.0, 3.0, 0.49 / 127.5 - 1, 0.51 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
+
+
+def test_write_image_reads_back_and_leaves_nothing_else(tmp_path):
+    image = torch.randint(256, (3, 6, 4), dtype=torch.uint8, generator=generator())
+    path = tmp_path / "new" / "a.png"
+    data.write_image(path, image)
+    data.write_image(path, image.flip(-1))    # replaces
+    assert torch.equal(data.read_image(path), image.flip(-1))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_write_image_refusals_leave_nothing_behind(tmp_path, monkeypatch):
+    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"takes uint8 \(3, H, W\), got torch.float32"):
+        data.write_image(tmp_path / "a.png", image.float())
+    with pytest.raises(DataError, match="a.jpg must end in .png"):
+        data.write_image(tmp_path / "a.jpg", image)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot write .*a.png: "):
+        data.write_image(tmp_path / "file" / "a.png", image)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.os, "replace", fail)
+    with pytest.raises(DataError, match="cannot write .*a.png: No space left on device"):
+        data.write_image(tmp_path / "a.png", image)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+def test_load_folder_is_sorted_and_exact_at_the_same_size(tmp_path):
+    pixels = {stem: picture(seed, 16, 16) for seed, stem in enumerate("cab")}
+    for stem, value in pixels.items():
+        save(tmp_path / f"{stem}.png", value)
+    images = data.load_folder(tmp_path, 16)
+    assert images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16)
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack([pixels[stem] for stem in "abc"]))
+
+
+@pytest.mark.parametrize("height, width, rows, columns", [(16, 21, slice(0, 16), slice(2, 18)),
+                                                          (20, 16, slice(2, 18), slice(0, 16))])
+def test_the_centre_is_cut_without_resampling(tmp_path, height, width, rows, columns):
+    pixels = picture(0, height, width)
+    image = data.read_square(save(tmp_path / "a.png", pixels), 16)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels[rows, columns])
+
+
+def test_shrinking_is_antialiased(tmp_path):
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255    # without antialiasing some columns would come out black or white
+    image = data.read_square(save(tmp_path / "a.png", stripes), 8).int()
+    assert (image - 128).abs().max() < 16
+
+
+def test_load_folder_stops_at_or_skips_bad_pictures(tmp_path, capsys):
+    for i in range(13):
+        (tmp_path / f"bad{i:02}.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"none of the 13 picture\(s\) .* can be read; the first: .*bad00.png"):
+        data.load_folder(tmp_path, 8, bad_images="skip")
+    save(tmp_path / "a.png", picture(0, 8, 8))
+    save(tmp_path / "z.png", picture(1, 8, 8))
+    with pytest.raises(DataError, match="cannot read .*bad"):
+        data.load_folder(tmp_path, 8)
+    images = data.load_folder(tmp_path, 8, bad_images="skip")
+    assert torch.equal(images, torch.stack([data.read_image(tmp_path / "a.png"), data.read_image(tmp_path / "z.png")]))
+    said = capsys.readouterr().err
+    assert "skipped 13 of 15 pictures" in said and "bad09.png" in said and "... and 3 more" in said
+    with pytest.raises(DataError, match="unknown bad_images 'ignore'; expected 'error' or 'skip'"):
+        data.load_folder(tmp_path, 8, bad_images="ignore")
+
+
+# ---- random holes ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [2, 3, 8, 31, 64])
+def test_every_random_mask_has_a_hole_and_a_known_pixel(size):
+    holes = data.random_holes(300, size, generator())
+    assert holes.dtype == torch.bool and holes.shape == (300, 1, size, size)
+    assert holes.flatten(1).any(1).all() and (~holes).flatten(1).any(1).all()
+
+
+def test_random_holes_are_a_function_of_the_generator():
+    g = generator(3)
+    first, second = data.random_holes(20, 16, g), data.random_holes(20, 16, g)
+    assert not torch.equal(first, second)
+    torch.manual_seed(7)    # the global generator plays no part
+    assert torch.equal(data.random_holes(20, 16, generator(3)), first)
+    assert not torch.equal(data.random_holes(20, 16, generator(4)), first)
+    assert data.random_holes(0, 16, g).shape == (0, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"size \(1\) must be at least 2"):
+        data.random_holes(1, 1, g)
+
+
+def test_walks_have_the_law_of_a_walk_that_stays_at_the_border():
+    """All 4 * 4**3 walks of 3 steps (0.8 * 4 pixels) in a 2x2 picture, counted, against 20,000 drawn ones."""
+    expected = Counter()
+    for start, *moves in product(range(4), *[((0, 1), (0, -1), (1, 0), (-1, 0))] * 3):
+        y, x = divmod(start, 2)
+        seen = set()
+        for dy, dx in moves:
+            y, x = min(max(y + dy, 0), 1), min(max(x + dx, 0), 1)
+            seen.add(2 * y + x)
+        expected[sum(1 << cell for cell in seen)] += 1 / 4**4
+    count = 20_000
+    codes = (data._walks(count, 2, generator()).int() << torch.arange(4)).sum(1)
+    drawn = Counter(codes.tolist())
+    assert set(drawn) == set(expected)
+    for code, p in expected.items():
+        assert abs(drawn[code] - count * p) < 4.5 * (count * p * (1 - p)) ** 0.5
+
+
+def test_boxes_are_boxes_and_have_the_share_drawn():
+    g = generator()
+    distance = data._distance_to_box_centre(200, 32, g)
+    for hole in data._nearest(distance, g).view(-1, 32, 32):
+        rows, columns = hole.any(1), hole.any(0)
+        assert torch.equal(hole, rows[:, None] & columns[None])    # a product of two sets...
+        assert rows.int().diff().abs().sum() <= 2 and columns.int().diff().abs().sum() <= 2    # ...each an interval
+
+
+def test_strokes_have_a_share_of_5_to_60_percent():
+    g = generator()
+    distance = data._distance_to_polyline(200, 32, g)
+    share = data._nearest(distance, g).float().mean(1)
+    assert share.min() >= 0.045 and share.max() <= 0.61 and share.min() < 0.06 and share.max() > 0.5
+
+
+def test_polyline_distance_matches_dense_sampling():
+    size = 16
+    distance = data._distance_to_polyline(3, size, generator(5))
+    points = torch.rand(3, 4, 1, 2, generator=generator(5)).squeeze(2)             # the same draw
+    t = torch.linspace(0, 1, 400)[:, None]
+    centres = (torch.arange(size) + 0.5) / size
+    grid = torch.cartesian_prod(centres, centres)
+    for i in range(3):
+        dense = torch.cat([points[i, j] * (1 - t) + points[i, j + 1] * t for j in range(3)])
+        torch.testing.assert_close(distance[i], torch.cdist(grid, dense).amin(1), atol=2e-3, rtol=0)
+
+
+def _hole_statistics(holes: torch.Tensor) -> dict[str, float]:
+    """holes (n, 64, 64): share of the picture (mean, std), length of the outline per pixel, share of the border."""
+    holes = holes.float()
+    share = holes.mean((1, 2))
+    outline = holes.diff(dim=1).abs().mean() + holes.diff(dim=2).abs().mean()
+    border = torch.cat([holes[:, 0], holes[:, -1], holes[:, :, 0], holes[:, :, -1]], dim=1).mean()
+    return {"mean": share.mean().item(), "std": share.std().item(), "outline": outline.item(), "border": border.item()}
+
+
+def test_random_holes_resemble_the_test_masks(shared):
+    files = data.find_images(shared / "data" / "catface64" / "test" / "mask")
+    real = torch.cat([data.read_mask(file) for file in files.values()])            # (300, 64, 64)
+    g = generator()
+    expected, walks = _hole_statistics(real), _hole_statistics(data._walks(1000, 64, g).view(-1, 64, 64))
+    tolerance = {"mean": 0.006, "std": 0.005, "outline": 0.005, "border": 0.012}    # 2 to 3 sigma of 300 masks
+    for name, value in expected.items():
+        assert walks[name] == pytest.approx(value, abs=tolerance[name]), name
+    share = data.random_holes(4000, 64, g).float().mean((1, 2, 3))
+    real_share = real.float().mean((1, 2))
+    assert share.mean().item() == pytest.approx(real_share.mean().item(), abs=0.015)
+    assert share.median().item() == pytest.approx(real_share.median().item(), abs=0.01)
+    assert (share < 0.08).float().mean() > 0.02 and (share > 0.4).float().mean() > 0.02    # the wider tails
+
+
+# ---- duplicates -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def planted(tmp_path) -> tuple[Path, Path]:
+    """Two folders of 12 and 6 different pictures; in the second also 1 exact, 1 re-encoded, 1 mirrored copy."""
+    train, val = tmp_path / "train", tmp_path / "val"
+    for i in range(12):
+        save(train / f"{i:02}.png", picture(i))
+    for i in range(6):
+        save(val / f"{i:02}.png", picture(100 + i))
+    save(val / "exact.bmp", picture(0))
+    save(val / "encoded.jpg", picture(1), quality=40)
+    save(val / "mirrored.png", picture(2)[:, ::-1])
+    save(train / "inside.png", picture(3))
+    return train, val
+
+
+def test_check_finds_planted_duplicates(planted, tmp_path, capsys):
+    train, val = planted
+    report = tmp_path / "report.json"
+    assert data.main(["check", str(train), str(val), "--json", str(report)]) == 1
+    found = json.loads(report.read_text())
+    assert found["leak"] is True and found["folders"] == [str(train), str(val)]
+    groups = {frozenset(Path(file).name for file in group["files"]): group for group in found["groups"]}
+    expected = {("00.png", "exact.bmp"): ("exact", False, True), ("01.png", "encoded.jpg"): ("near", False, True),
+                ("02.png", "mirrored.png"): ("near", True, True), ("03.png", "inside.png"): ("exact", False, False)}
+    fields = ("kind", "mirrored", "crossing")
+    assert {names: tuple(groups[frozenset(names)][field] for field in fields) for names in expected} == expected
+    assert len(groups) == 4 and not list(tmp_path.glob(".*"))
+    out = capsys.readouterr().out
+    assert "across folders: 1 exact, 2 near (a leak)" in out
+    assert "13 pictures; groups of duplicates inside: 1 exact, 0 near" in out
+    assert "near 1.000 mirrored" in out and "inside.png" not in out
+
+
+def test_check_without_a_leak_is_0(planted, capsys):
+    train, _ = planted
+    assert data.main(["check", str(train), "--list", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "across folders: 0 exact, 0 near\n" in out and "inside.png" in out
+
+
+def test_check_lists_a_limited_number_of_groups(tmp_path, capsys):
+    for i in range(23):
+        for folder in ("a", "b"):
+            save(tmp_path / folder / f"{i}.png", picture(i, 16, 16))
+    assert data.main(["check", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    out = capsys.readouterr().out
+    assert out.count("exact: ") == 20 and "... and 3 more" in out
+
+
+def test_bad_input_is_2_with_a_sentence(planted, tmp_path, capsys):
+    train, val = map(str, planted)
+    for argv, message in [
+        (["check", train, train], "given twice"),
+        (["check", train, str(tmp_path / "nowhere")], "is not a folder"),
+        (["check", train, "--threshold", "1.5"], r"--threshold (1.5) must lie in (0, 1]"),
+        (["check", train, "--json", str(planted[0] / "00.png" / "report.json")], "cannot write"),
+    ]:
+        assert data.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error
+    for i in range(11):
+        (planted[1] / f"text{i}.jpg").write_text("no picture")
+    assert data.main(["check", val]) == 2
+    error = capsys.readouterr().err
+    assert "11 picture(s)" in error and "text0.jpg" in error and "... and 1 more" in error
+
+
+def test_check_runs_as_a_script(planted):
+    run = subprocess.run([sys.executable, data.__file__, "check", *map(str, planted)], capture_output=True, text=True)
+    assert run.returncode == 1 and "a leak" in run.stdout
+    run = subprocess.run([sys.executable, data.__file__, "check", "nowhere"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr == "error: nowhere is not a folder; give folders of pictures\n"
+
+
+def test_interrupt_is_130(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset_tools, "check", interrupt)
+    assert data.main(["check", "x"]) == 130
+
+
+def test_near_pairs_do_not_depend_on_the_block_size():
+    rng = np.random.default_rng(0)
+    thumbs = rng.standard_normal((40, 16, 16)).astype(np.float32)
+    thumbs[30:] = thumbs[:10] + 0.05 * rng.standard_normal((10, 16, 16))
+    thumbs[20:25] = thumbs[5:10, :, ::-1]
+    thumbs -= thumbs.mean((1, 2), keepdims=True)
+    thumbs /= np.linalg.norm(thumbs, axis=(1, 2), keepdims=True)
+    whole, blocks = (sorted((i, j, m) for i, j, _, m in dataset_tools.near_pairs(thumbs, 0.9, rows=rows))
+                     for rows in (100, 7))
+    same = [(i, 30 + i, False) for i in range(10)]
+    mirrored = [(i, 15 + i, True) for i in range(5, 10)] + [(15 + i, 30 + i, True) for i in range(5, 10)]
+    assert whole == blocks == sorted(same + mirrored)
+
+
+def test_flat_pictures_are_duplicates_only_if_equal(tmp_path):
+    for name, level in (("a", 10), ("b", 10), ("c", 200)):
+        save(tmp_path / f"{name}.png", np.full((8, 8, 3), level, dtype=np.uint8))
+    groups = dataset_tools.group_duplicates(dataset_tools.fingerprint_folder(tmp_path), 0.96)
+    assert sorted([p.file.stem for p in group.pictures] for group in groups) == [["a", "b"], ["c"]]
+
+
+def test_the_real_split_has_no_leak(shared):
+    folder = shared / "data" / "catface64"
+    assert data.main(["check", *(str(folder / name) for name in ("train", "val", "test/image"))]) == 0
+
+
+# ---- split ----------------------------------------------------------------------------------------------------------
+
+def contents(folder: Path) -> dict[str, list[str]]:
+    """Part -> sorted digests of its pictures."""
+    return {part.name: sorted(dataset_tools.fingerprint(file).digest for file in part.iterdir())
+            for part in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    """30 pictures: 20 different, and near or exact copies of 10 of them."""
+    for i in range(20):
+        save(tmp_path / "mixed" / f"{i:02}.png", picture(i))
+    for i in range(5):
+        save(tmp_path / "mixed" / f"near{i:02}.jpg", picture(i), quality=50)
+        save(tmp_path / "mixed" / f"exact{i:02}.png", picture(5 + i))
+    return tmp_path / "mixed"
+
+
+def test_split_is_complete_leak_free_and_of_the_right_size(mixed, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert data.main(["split", str(mixed), "--output", str(output), "--val-share", "0.2", "--test-share", "0.1"]) == 0
+    files = {part: {file.name for file in (output / part).iterdir()} for part in ("train", "val", "test")}
+    assert [len(files[part]) for part in ("train", "val", "test")] == [21, 6, 3]
+    assert set.union(*files.values()) == {file.name for file in mixed.iterdir()}
+    for part, names in files.items():
+        assert all((output / part / name).read_bytes() == (mixed / name).read_bytes() for name in names)
+    capsys.readouterr()
+    assert data.main(["check", *(str(output / part) for part in files)]) == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_split_depends_on_content_and_seed_only(mixed, tmp_path):
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for i, file in enumerate(sorted(mixed.iterdir(), reverse=True)):
+        (renamed / f"{i:03}{file.suffix}").write_bytes(file.read_bytes())
+    for source, output, seed in ((mixed, "a", 0), (renamed, "b", 0), (mixed, "c", 1)):
+        assert data.main(["split", str(source), "--output", str(tmp_path / output), "--val-share", "0.3",
+                          "--seed", str(seed)]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a")["val"] != contents(tmp_path / "c")["val"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["train", "val"]
+
+
+def test_split_distinct_keeps_one_of_each(mixed, tmp_path):
+    (tmp_path / "out").mkdir()    # empty is fine
+    assert data.main(["split", str(mixed), "--output", str(tmp_path / "out"), "--distinct"]) == 0
+    digests = sum(contents(tmp_path / "out").values(), [])
+    assert len(digests) == len(set(digests)) == 25
+    names = {file.name for part in (tmp_path / "out").iterdir() for file in part.iterdir()}
+    assert "05.png" in names and "exact00.png" not in names    # the first by name stays
+
+
+def test_split_refusals(mixed, tmp_path, capsys):
+    full = tmp_path / "full"
+    save(full / "a.png", picture())
+    alike = tmp_path / "alike"
+    for quality in (50, 60, 70):
+        save(alike / f"{quality}.jpg", picture(), quality=quality)
+    new = str(tmp_path / "new")
+    for argv, message in [
+        ([str(mixed), "--output", str(full)], "is not empty; give a new folder"),
+        ([str(mixed), "--output", str(full / "a.png")], "is not empty; give a new folder"),
+        ([str(mixed), "--output", new, "--val-share", "0"], "between 0 and 1"),
+        ([str(mixed), "--output", new, "--val-share", "0.6", "--test-share", "0.4"], "between 0 and 1"),
+        ([str(mixed), "--output", new, "--val-share", "nan"], "between 0 and 1"),
+        ([str(alike), "--output", new], "no picture is left for val: the 3 picture(s) form 1 group(s)"),
+    ]:
+        assert data.main(["split", *argv]) == 2
+        assert message in capsys.readouterr().err
+    assert not Path(new).exists()
+
+
+def test_a_failed_split_leaves_nothing(mixed, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataset_tools.shutil, "copy", fail)
+    assert data.main(["split", str(mixed), "--output", str(tmp_path / "out")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
+
+
+# ---- shards ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> tuple[str, torch.Tensor]:
+    """23 pictures in 4 shards: (pattern, the pictures as load_folder gives them)."""
+    pytest.importorskip("webdataset")
+    folder = tmp_path_factory.mktemp("packed")
+    for i in range(23):
+        save(folder / "src" / f"{i:02}.v1.png", picture(i, 12, 16))    # a dot in the stem, which WebDataset would split
+    assert data.main(["shards", str(folder / "src"), "--output", str(folder / "s-%06d.tar"), "--size", "8",
+                      "--shard-size", "6"]) == 0
+    assert sorted(file.name for file in folder.iterdir()) == [*(f"s-{i:06}.tar" for i in range(4)), "src"]
+    return f"{folder}/s-{{000000..000003}}.tar", data.load_folder(folder / "src", 8)
+
+
+def stream(packed, **options) -> list[torch.Tensor]:
+    return list(data.open_shards(packed[0], 8, **{"buffer": 5, **options}))
+
+
+def key(images) -> list[bytes]:
+    return [image.numpy().tobytes() for image in images]
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_shards_hold_every_picture_once_bit_for_bit(packed, seed):
+    images = stream(packed, seed=seed)
+    assert images[0].dtype == torch.uint8 and images[0].shape == (3, 8, 8)
+    assert sorted(key(images)) == sorted(key(packed[1]))
+    assert key(images) != key(packed[1])    # written in random order
+
+
+def test_shards_are_written_the_same_again(packed, tmp_path):
+    source = Path(packed[0]).parent / "src"
+    assert data.main(["shards", str(source), "--output", str(tmp_path / "s-%06d.tar"), "--size", "8",
+                      "--shard-size", "6"]) == 0
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (source.parent / file.name).read_bytes()
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(packed):
+    orders = [key(stream(packed, seed=seed, epoch=epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (None, 0))]
+    assert len({tuple(order) for order in orders}) == 4
+    assert key(stream(packed, seed=0, epoch=1)) == orders[1]
+    assert key(stream(packed, seed=None, epoch=3)) == orders[3]
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 7, 10, 22, 23, 30])
+def test_a_later_start_continues_the_same_order(packed, start):
+    assert key(stream(packed, start=start)) == key(stream(packed))[start:]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_share_the_samples_evenly(packed, world_size):
+    whole = key(stream(packed))
+    even = len(whole) // world_size
+    for rank in range(world_size):
+        mine = key(stream(packed, rank=rank, world_size=world_size))
+        assert mine == whole[rank::world_size][:even]
+        assert key(stream(packed, rank=rank, world_size=world_size, start=2)) == mine[2:]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_loader_workers_give_the_batches_that_none_gives(packed, workers):
+    shards = data.open_shards(packed[0], 8, batch_size=4, buffer=5, start=4, world_size=1)
+    plain = list(DataLoader(shards, batch_size=4))
+    loaded = list(DataLoader(shards, batch_size=4, num_workers=workers, multiprocessing_context="fork"))
+    assert [len(batch) for batch in plain] == [4, 4, 4, 4, 3]
+    assert all(torch.equal(a, b) for a, b in zip(plain, loaded, strict=True))
+
+
+def test_no_more_than_the_buffer_is_read_ahead(packed, monkeypatch):
+    taken = 0
+
+    def count(urls, read=data._read_shards):
+        nonlocal taken
+        for sample in read(urls):
+            taken += 1
+            yield sample
+
+    monkeypatch.setattr(data, "_read_shards", count)
+    for position, _ in enumerate(data.open_shards(packed[0], 8, buffer=5)):
+        assert taken <= (position // 5 + 1) * 5
+
+
+def test_shards_resize_and_refuse(packed, tmp_path):
+    assert next(iter(data.open_shards(packed[0], 4))).shape == (3, 4, 4)
+    with pytest.raises(DataError, match=r"2 of 6 shard\(s\) .* do not exist; the first: .*s-000004.tar"):
+        data.open_shards(packed[0].replace("03}", "05}"), 8)
+    for bad in ({"rank": 2, "world_size": 2}, {"start": -1}, {"epoch": -1}, {"seed": -1}, {"buffer": 0}, {"size": 0}):
+        with pytest.raises(ValueError, match="open_shards needs"):
+            data.open_shards(packed[0], **{"size": 8, **bad})
+    first = Path(packed[0]).parent / "s-000000.tar"
+    (tmp_path / "cut.tar").write_bytes(first.read_bytes()[:700])
+    with pytest.raises(DataError, match="cannot read the shards: .*cut.tar"):
+        list(data.open_shards(tmp_path / "cut.tar", 8))
+
+
+def test_samples_without_a_picture_are_named(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "first", "txt": "hello"})
+    with pytest.raises(DataError, match="sample first of .*a.tar holds no picture; its fields are txt"):
+        list(data.open_shards(tmp_path / "a.tar", 8))
+    with webdataset.TarWriter(str(tmp_path / "b.tar")) as writer:
+        writer.write({"__key__": "second", "png": b"no picture"})
+    with pytest.raises(DataError, match="cannot read second of .*b.tar as a picture"):
+        list(data.open_shards(tmp_path / "b.tar", 8))
+
+
+def test_shards_command_refusals(packed, tmp_path, capsys):
+    source = str(Path(packed[0]).parent / "src")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "text.png").write_text("no picture")
+    for argv, message in [
+        ([source, "--output", str(tmp_path / "one.tar")], "must number the shards"),
+        ([source, "--output", str(tmp_path / "%d-%d.tar")], "must number the shards"),
+        ([source, "--output", str(tmp_path / "s-%06d.zip")], "must number the shards"),
+        ([source, "--output", str(tmp_path / "s-%d.tar"), "--shard-size", "0"], "must be at least 1"),
+        ([source, "--output", str(Path(source).parent / "s-%06d.tar")], "exists; remove the old shards"),
+        ([str(tmp_path / "bad"), "--output", str(tmp_path / "s-%06d.tar")], "cannot read"),
+    ]:
+        assert data.main(["shards", *argv, "--size", "8"]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
