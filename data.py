@@ -335,8 +335,8 @@ WALK_STEPS = 0.8    # steps per pixel of the picture; gives the test masks' 20.8
 def random_holes(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Draw hole masks like the test set's: bool (count, 1, size, size) on the generator's device, True = hole.
 
-    Three quarters are random walks, the rest brush strokes and boxes. Every mask has a hole and a known pixel. The
-    result is a function of the arguments and the generator's state alone.
+    Three quarters are random walks, the rest brush strokes and boxes. Every mask has a hole and a known pixel, since a
+    walk has fewer steps than there are pixels. The result depends on the arguments and the generator's state alone.
     """
     if size < 2:
         raise ValueError(f"size ({size}) must be at least 2, so that a mask has a hole and a known pixel")
@@ -347,7 +347,6 @@ def random_holes(count: int, size: int, generator: torch.Generator) -> Tensor:
     holes[walk] = _walks(int(walk.sum()), size, generator)
     holes[stroke] = _nearest(_distance_to_polyline(int(stroke.sum()), size, generator), generator)
     holes[box] = _nearest(_distance_to_box_centre(int(box.sum()), size, generator), generator)
-    holes[holes.all(1), 0] = False                  # at tiny sizes a walk can cover everything
     return holes.view(count, 1, size, size)
 
 

@@ -320,8 +320,9 @@ def test_load_folder_stops_at_or_skips_bad_pictures(tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [2, 3, 8, 31, 64])
 def test_every_random_mask_has_a_hole_and_a_known_pixel(size):
-    holes = data.random_holes(300, size, generator())
-    assert holes.dtype == torch.bool and holes.shape == (300, 1, size, size)
+    count = 20_000 // size
+    holes = data.random_holes(count, size, generator())
+    assert holes.dtype == torch.bool and holes.shape == (count, 1, size, size)
     assert holes.flatten(1).any(1).all() and (~holes).flatten(1).any(1).all()
 
 
@@ -508,8 +509,19 @@ def test_near_pairs_do_not_depend_on_the_block_size():
 def test_flat_pictures_are_duplicates_only_if_equal(tmp_path):
     for name, level in (("a", 10), ("b", 10), ("c", 200)):
         save(tmp_path / f"{name}.png", np.full((8, 8, 3), level, dtype=np.uint8))
+    save(tmp_path / "d.png", np.full((4, 16, 3), 10, dtype=np.uint8))    # as many equal bytes, another shape
     groups = dataset_tools.group_duplicates(dataset_tools.fingerprint_folder(tmp_path), 0.96)
-    assert sorted([p.file.stem for p in group.pictures] for group in groups) == [["a", "b"], ["c"]]
+    assert sorted([p.file.stem for p in group.pictures] for group in groups) == [["a", "b"], ["c"], ["d"]]
+
+
+def test_groups_are_closed_under_links(tmp_path, monkeypatch):
+    for i in range(5):
+        save(tmp_path / f"{i}.png", picture(i))
+    links = [(0, 2, 0.98, False), (1, 2, 0.97, True), (3, 4, 0.99, False)]    # 0 and 1 only through 2
+    monkeypatch.setattr(dataset_tools, "near_pairs", lambda *_: links)
+    groups = dataset_tools.group_duplicates(dataset_tools.fingerprint_folder(tmp_path), 0.96)
+    assert [(len(group.pictures), group.similarity, group.mirrored) for group in groups] == [(3, 0.97, True),
+                                                                                             (2, 0.99, False)]
 
 
 def test_the_real_split_has_no_leak(shared):
@@ -645,6 +657,15 @@ def test_the_order_is_a_function_of_seed_and_epoch(packed):
     assert len({tuple(order) for order in orders}) == 4
     assert key(stream(packed, seed=0, epoch=1)) == orders[1]
     assert key(stream(packed, seed=None, epoch=3)) == orders[3]
+
+
+def test_each_run_of_the_buffer_is_permuted_by_itself(packed):
+    first_shard = packed[0].replace("{000000..000003}", "000000")    # 6 samples: 2 runs of 3
+    whole = key(data.open_shards(first_shard, 8, seed=None))
+    orders = [[whole.index(image) for image in key(data.open_shards(first_shard, 8, epoch=epoch, buffer=3))]
+              for epoch in range(8)]
+    assert all(sorted(order[:3]) == [0, 1, 2] and sorted(order[3:]) == [3, 4, 5] for order in orders)
+    assert any([i + 3 for i in order[:3]] != order[3:] for order in orders)
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 7, 10, 22, 23, 30])
