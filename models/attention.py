@@ -1,0 +1,63 @@
+"""Multi-head self-attention, written out (Vaswani et al. 2017, section 3.2, https://arxiv.org/abs/1706.03762)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MultiHeadAttention(nn.Module):
+    """Bidirectional self-attention: every token sees every token.
+
+    Args:
+        embed_dim: D, the width of a token; must be divisible by `num_heads`.
+        num_heads: heads of D / num_heads channels each.
+        dropout: probability of dropping an attention weight, in training only.
+        qk_norm: normalise queries and keys per head (Dehghani et al. 2023, section 2), which keeps the logits bounded.
+        fused: use PyTorch's fused kernel; False computes the same thing line by line.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, dropout: float = 0.1, qk_norm: bool = False, fused: bool = True
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads != 0:
+            raise ValueError(f"embed_dim ({embed_dim}) must be divisible by num_heads ({num_heads})")
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.dropout = dropout
+        self.fused = fused
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D).  Returns (B, N, D)."""
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, self.num_heads, 3 * self.head_dim)    # (B, N, heads, 3 d)
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)                     # each (B, heads, N, d)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        attend = self._fused if self.fused else self._explicit
+        out = attend(q, k, v)                                              # (B, heads, N, d)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))             # heads side by side again
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5             # (B, heads, N, N)
+        weights = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
+        return weights @ v                                                 # (B, heads, N, d)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of learned values in a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def use_fused_attention(module: nn.Module, fused: bool) -> None:
+    """Switch every attention layer below `module` to the fused kernel or to the written-out form."""
+    for layer in module.modules():
+        if isinstance(layer, MultiHeadAttention):
+            layer.fused = fused
+
+

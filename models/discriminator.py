@@ -1,0 +1,49 @@
+"""PatchGAN discriminator and the adversarial terms of stage 1 (Isola et al. 2017, section 3.2.2; Esser et al. 2021, section 3.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches as real or made up.
+
+    Args:
+        channels: width after the first layer, doubled by each strided layer after it.
+        strided: number of 4x4 stride-2 layers. At 64 pixels three of them see the whole picture, so two are the default.
+    """
+
+    def __init__(self, channels: int = 64, strided: int = 2) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Sequential(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))]
+        for i in range(1, strided + 1):
+            stride, width = (2, 4) if i < strided else (1, 3)    # the last one keeps the resolution
+            layers.append(
+                nn.Sequential(
+                    nn.Conv2d(channels, 2 * channels, width, stride=stride, padding=1),
+                    nn.GroupNorm(min(32, 2 * channels), 2 * channels),
+                    nn.LeakyReLU(0.2),
+                )
+            )
+            channels *= 2
+        self.layers = nn.ModuleList(layers)
+        self.judge = nn.Conv2d(channels, 1, 3, padding=1)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """image: (B, 3, H, W).  Returns scores (B, 1, h, w), high = real, and the features of every layer."""
+        features = []
+        for layer in self.layers:
+            image = layer(image)
+            features.append(image)
+        return self.judge(image), features
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss: real scores above 1, fake scores below -1 (Lim & Ye 2017)."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def feature_matching(fake: list[Tensor], real: list[Tensor]) -> Tensor:
+    """Mean absolute difference of the discriminator's features (Wang et al. 2018, pix2pixHD, equation 4)."""
+    return torch.stack([F.l1_loss(f, r.detach()) for f, r in zip(fake, real, strict=True)]).mean()
+

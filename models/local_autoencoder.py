@@ -1,0 +1,115 @@
+"""The default pair: an encoder that looks at one patch at a time, and a decoder that looks at everything that is known.
+
+An encoder with global operations carries the hole into every token. This one computes a token from its own patch alone, so a
+token whose patch does not touch the hole is *exactly* the token of the clean picture (compare PUT, Liu et al. 2022,
+https://arxiv.org/abs/2205.05076). What the tokens lose in context the decoder gets back: beside the codes it sees the known
+pixels and the hole at every scale (compare the asymmetric VQGAN of Zhu et al. 2023, https://arxiv.org/abs/2306.04632).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PixelMLP(nn.Module):
+    """Normalise, widen, GELU, narrow, with a residual: the MLP half of a transformer block, at every position alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., width).  Returns the same shape."""
+        return x + self.layers(x)
+
+
+class LocalEncoder(nn.Module):
+    """Image (B, 3, H, W) in [-1, 1] -> latents (B, codebook_dim, h, w); each latent depends on its own patch only.
+
+    Args:
+        stride: side of a patch in pixels; h = H / stride.
+        width, depth: channels and number of per-patch MLPs.
+    """
+
+    def __init__(self, codebook_dim: int, stride: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, stride, stride=stride)
+        self.blocks = nn.Sequential(*(PixelMLP(width) for _ in range(depth)))
+        self.to_code = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codebook_dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch(image).permute(0, 2, 3, 1)                       # (B, h, w, width)
+        return self.to_code(self.blocks(x)).permute(0, 3, 1, 2)         # (B, codebook_dim, h, w)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each position, blind to the rest of the picture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W), fastest when channels_last.  Returns the same shape."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvBlock(nn.Module):
+    """Norm, then (Swish, 3x3 convolution) twice, with a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            ChannelNorm(channels),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.layers[-1].weight)    # every block starts as the identity
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W).  Returns the same shape."""
+        return x + self.layers(x)
+
+
+class ConditionedDecoder(nn.Module):
+    """Codes and known pixels -> image (B, 3, H, W), about [-1, 1], not clamped.
+
+    Args:
+        channels: width at each scale, from the codes to the pixels; one doubling between two scales.
+        blocks: residual blocks at each scale.
+    """
+
+    def __init__(self, codebook_dim: int, channels: list[int], blocks: list[int]) -> None:
+        super().__init__()
+        self.factors = [2**i for i in reversed(range(len(channels)))]    # pixels per position: 4, 2, 1
+        self.from_code = nn.Conv2d(codebook_dim, channels[0], 3, padding=1)
+        self.condition = nn.ModuleList(
+            nn.Conv2d(4 * f * f, c, 3, padding=1) for f, c in zip(self.factors, channels, strict=True)
+        )
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(ConvBlock(c) for _ in range(n))) for n, c in zip(blocks, channels, strict=True)
+        )
+        self.widen = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels[:-1], channels[1:], strict=True)
+        )
+        self.to_image = nn.Sequential(
+            ChannelNorm(channels[-1]), nn.SiLU(), nn.Conv2d(channels[-1], 3, 3, padding=1)
+        )
+
+    def forward(self, z_q: Tensor, known: Tensor, mask: Tensor) -> Tensor:
+        """Decode.
+
+        Args:
+            z_q: (B, codebook_dim, h, w) codes.
+            known: (B, 3, H, W) image in [-1, 1]; what it holds inside the hole is ignored.
+            mask: (B, 1, H, W), 1 = hole. All ones makes this a plain decoder.
+        """
+        mask = mask.to(known.dtype)
+        condition = torch.cat([known * (1 - mask), mask], dim=1)            # (B, 4, H, W)
+        x = self.from_code(z_q)                                             # (B, C0, h, w)
+        for i, f in enumerate(self.factors):
+            if i > 0:
+                x = self.widen[i - 1](F.interpolate(x, scale_factor=2))     # (B, Ci, H/f, W/f)
+            x = x + self.condition[i](F.pixel_unshuffle(condition, f))      # (B, Ci, H/f, W/f)
+            x = self.stages[i](x)                                           # (B, Ci, H/f, W/f)
+        return self.to_image(x)                                             # (B, 3, H, W)

@@ -1,0 +1,110 @@
+"""Perceptual distance on SqueezeNet or VGG16 features (Johnson et al. 2016; Zhang et al. 2018, LPIPS, section 3)."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Layers whose outputs are compared: the ends of the resolutions and of the fire modules, as LPIPS has them.
+TAPS = {"squeezenet1_1": (1, 4, 7, 9, 10, 11, 12), "vgg16": (3, 8, 15, 22, 29)}
+
+
+class PerceptualFeatures(nn.Module):
+    """Frozen ImageNet features of an image at several depths.
+
+    Args:
+        network: 'squeezenet1_1' or 'vgg16'.
+        weights: a safetensors or .pth file with the network's `features` in torchvision's names ('0.weight' or
+            'features.0.weight'); None lets torchvision download its own.
+    Raises:
+        ValueError: unknown network, or a file that doesn't fit.
+        OSError: no file given, and the download failed.
+    """
+
+    def __init__(self, network: str = "squeezenet1_1", weights: str | Path | None = None) -> None:
+        super().__init__()
+        if network not in TAPS:
+            raise ValueError(f"unknown perceptual network {network!r}; expected one of {', '.join(TAPS)}")
+        import torchvision
+
+        build = getattr(torchvision.models, network)
+        if weights is None:
+            features = build(weights="IMAGENET1K_V1").features
+        else:
+            features = build(weights=None).features
+            features.load_state_dict(_read_features(Path(weights), features))
+        self.taps = TAPS[network]
+        self.layers = features[: self.taps[-1] + 1].eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """image: (B, 3, H, W) in [-1, 1].  Returns feature maps (B, C, h, w), each position scaled to unit length."""
+        x = ((image + 1) / 2 - self.mean) / self.std
+        out = []
+        for i, layer in enumerate(self.layers):
+            # torchvision's ReLUs work in place: they would overwrite a tap that another layer's gradient needs.
+            x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)
+            if i in self.taps:
+                out.append(F.normalize(x.float(), dim=1, eps=1e-6))
+        return out
+
+
+def perceptual_distance(a: list[Tensor], b: list[Tensor], weight: Tensor | None = None) -> Tensor:
+    """Squared difference of unit-length features, averaged over positions, summed over channels, averaged over depths.
+
+    LPIPS without its learned channel weights.
+
+    Args:
+        a, b: features of two batches.
+        weight: (B, 1, H, W) >= 0, where to look, e.g. the hole; None counts every position alike.
+    Returns:
+        (B,) distances, 0 = alike.
+    """
+    total = torch.zeros(len(a[0]), device=a[0].device)
+    for x, y in zip(a, b, strict=True):
+        difference = (x - y).pow(2).sum(dim=1, keepdim=True)                          # (B, 1, h, w)
+        if weight is None:
+            total = total + difference.mean(dim=(1, 2, 3))
+        else:
+            w = F.interpolate(weight.float(), size=x.shape[-2:], mode="area")         # (B, 1, h, w)
+            total = total + (difference * w).sum(dim=(1, 2, 3)) / w.sum(dim=(1, 2, 3)).clamp_min(1e-8)
+    return total / len(a)
+
+
+def laplacian_distance(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
+    """Mean absolute difference of two Laplacian pyramids (Bojanowski et al. 2018, GLO, section 3.2).
+
+    Args:
+        a, b: (B, 3, H, W); H and W divisible by 2**levels.
+    Returns:
+        Scalar; level j counts 1 / 2**j times, j = 0 being the finest.
+    """
+    difference, total = a - b, a.new_zeros(())    # the pyramid is linear, so one pyramid of the difference serves
+    for level in range(levels):
+        coarse = F.avg_pool2d(difference, 2)
+        detail = difference - F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
+        total = total + detail.abs().mean() / 2**level
+        difference = coarse
+    return total + difference.abs().mean() / 2**levels
+
+
+def _read_features(path: Path, features: nn.Module) -> dict[str, Tensor]:
+    """The entries of a weight file that belong to `features`, with torchvision's 'features.' prefix removed."""
+    if not path.is_file():
+        raise ValueError(f"perceptual weights {path} not found; give a file with torchvision's feature weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"perceptual weights {path} can't be read ({error}); expected .safetensors or .pth") from error
+    state = {name.removeprefix("features."): value for name, value in state.items() if not name.startswith("classifier")}
+    wanted = features.state_dict()
+    if set(state) != set(wanted) or any(state[name].shape != wanted[name].shape for name in wanted):
+        raise ValueError(f"perceptual weights {path} don't have the layers of torchvision's network")
+    return state
