@@ -4,6 +4,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS norm over the channels of a head, in the precision of its input (mixed precisions would miss the fast kernel)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class MultiHeadAttention(nn.Module):
     """Bidirectional self-attention: every token sees every token.
 
@@ -27,15 +34,15 @@ class MultiHeadAttention(nn.Module):
         self.fused = fused
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
-        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, D).  Returns (B, N, D)."""
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, self.num_heads, 3 * self.head_dim)    # (B, N, heads, 3 d)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)                     # each (B, heads, N, d)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q), self.k_norm(k)
         attend = self._fused if self.fused else self._explicit
         out = attend(q, k, v)                                              # (B, heads, N, d)
         return self.proj(out.transpose(1, 2).reshape(B, N, D))             # heads side by side again

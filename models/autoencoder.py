@@ -4,12 +4,14 @@ Residual blocks with GroupNorm and Swish, self-attention at one resolution. Both
 GroupNorm's statistics, attention and a wide receptive field; `models/local_autoencoder.py` is the pair that does not.
 """
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):

@@ -1,5 +1,7 @@
 """PatchGAN discriminator and the adversarial terms of stage 1 (Isola et al. 2017, section 3.2.2; Esser et al. 2021, section 3.1)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,19 +11,23 @@ class PatchDiscriminator(nn.Module):
     """Judges overlapping patches as real or made up.
 
     Args:
-        channels: width after the first layer, doubled by each strided layer after it.
-        strided: number of 4x4 stride-2 layers. At 64 pixels three of them see the whole picture, so two are the default.
+        channels: width after the first layer, doubled by each layer after it.
+        strided: number of 4x4 stride-2 layers, at least 1. The convolutions below a score see 26 x 26 pixels with two of
+            them and 54 x 54 with three, nearly a whole picture of 64: two are the default. (GroupNorm's statistics are
+            the picture's, so beyond that patch a score still depends on contrast and colour as a whole.)
     """
 
     def __init__(self, channels: int = 64, strided: int = 2) -> None:
         super().__init__()
+        if strided < 1:
+            raise ValueError(f"strided must be at least 1, got {strided}")
         layers: list[nn.Module] = [nn.Sequential(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))]
         for i in range(1, strided + 1):
             stride, width = (2, 4) if i < strided else (1, 3)    # the last one keeps the resolution
             layers.append(
                 nn.Sequential(
                     nn.Conv2d(channels, 2 * channels, width, stride=stride, padding=1),
-                    nn.GroupNorm(min(32, 2 * channels), 2 * channels),
+                    nn.GroupNorm(math.gcd(32, 2 * channels), 2 * channels),
                     nn.LeakyReLU(0.2),
                 )
             )

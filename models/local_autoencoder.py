@@ -104,8 +104,8 @@ class ConditionedDecoder(nn.Module):
             known: (B, 3, H, W) image in [-1, 1]; what it holds inside the hole is ignored.
             mask: (B, 1, H, W), 1 = hole. All ones makes this a plain decoder.
         """
-        mask = mask.to(known.dtype)
-        condition = torch.cat([known * (1 - mask), mask], dim=1)            # (B, 4, H, W)
+        known = known.masked_fill(mask.bool(), 0)                           # not a product, which would let NaN through
+        condition = torch.cat([known, mask.to(known.dtype)], dim=1)         # (B, 4, H, W)
         x = self.from_code(z_q)                                             # (B, C0, h, w)
         for i, f in enumerate(self.factors):
             if i > 0:

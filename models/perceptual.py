@@ -100,11 +100,12 @@ def _read_features(path: Path, features: nn.Module) -> dict[str, Tensor]:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise ValueError(f"perceptual weights {path} can't be read ({error}); expected .safetensors or .pth") from error
-    state = {name.removeprefix("features."): value for name, value in state.items() if not name.startswith("classifier")}
-    wanted = features.state_dict()
-    if set(state) != set(wanted) or any(state[name].shape != wanted[name].shape for name in wanted):
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"perceptual weights {path} can't be read ({reason}); expected .safetensors or .pth") from error
+    state = {str(name).removeprefix("features."): value for name, value in state.items() if not str(name).startswith("classifier")}
+    wanted = {name: value.shape for name, value in features.state_dict().items()}
+    if {name: getattr(value, "shape", None) for name, value in state.items()} != wanted:
         raise ValueError(f"perceptual weights {path} don't have the layers of torchvision's network")
     return state

@@ -23,7 +23,7 @@ def gamma(schedule: str, r: Tensor | float) -> Tensor:
         ValueError: unknown schedule, or progress outside [0, 1].
     """
     r = torch.as_tensor(r, dtype=torch.float64)
-    if bool(((r < 0) | (r > 1)).any()):
+    if not bool(((r >= 0) & (r <= 1)).all()):    # so written, it refuses NaN too
         raise ValueError(f"progress must lie in [0, 1], got values from {r.min().item()} to {r.max().item()}")
     if schedule == "cosine":
         return torch.cos(r * math.pi / 2).clamp_min(0).where(r < 1, 0)    # cos(pi / 2) is 6e-17 in floating point
@@ -53,7 +53,8 @@ def mask_plan(schedule: str, num_masked: Tensor, total_iter: int) -> Tensor:
     if total_iter < 1:
         raise ValueError(f"total_iter must be at least 1, got {total_iter}")
     ratios = gamma(schedule, torch.arange(1, total_iter + 1, dtype=torch.float64) / total_iter)    # (T,)
-    wanted = (ratios * num_masked.cpu().unsqueeze(1)).floor().long()                               # (B, T)
+    # 1 - 0.9 is a little less than 0.1 in floating point: without the margin, whole numbers would be rounded down.
+    wanted = (ratios * num_masked.cpu().unsqueeze(1) + 1e-9).floor().long()                        # (B, T)
     left, plan = num_masked.cpu().long(), []
     for t in range(total_iter):
         left = torch.minimum(wanted[:, t], left - 1).clamp_min(0)                                  # (B,)

@@ -41,9 +41,9 @@ class VQGANConfig:
 
     def __post_init__(self) -> None:
         if self.encoder not in ENCODERS:
-            raise ValueError(f"unknown encoder {self.encoder!r}; expected one of {', '.join(ENCODERS)}")
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
         if self.decoder not in DECODERS:
-            raise ValueError(f"unknown decoder {self.decoder!r}; expected one of {', '.join(DECODERS)}")
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
         if self.stride < 1 or self.stride & (self.stride - 1):
             raise ValueError(f"stride must be a power of two, got {self.stride}")
         if self.image_size < self.stride or self.image_size % self.stride:
@@ -51,6 +51,8 @@ class VQGANConfig:
         for name in ("codebook_size", "codebook_dim", "encoder_width", "encoder_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.commitment < float("inf"):
+            raise ValueError(f"commitment must be 0 or more, got {self.commitment}")
         self._check_scales()
 
     def _check_scales(self) -> None:
@@ -58,14 +60,22 @@ class VQGANConfig:
         for name in ("encoder_channels", "decoder_channels"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must list widths of at least 1, got {getattr(self, name)}")
-        if self.encoder == "reference" and len(set(self.encoder_down)) != scales - 1:
-            raise ValueError(f"encoder_down must name {scales - 1} stages for stride {self.stride}, got {self.encoder_down}")
-        if self.decoder == "reference" and len(set(self.decoder_up)) != scales - 1:
-            raise ValueError(f"decoder_up must name {scales - 1} stages for stride {self.stride}, got {self.decoder_up}")
+        for used, name, stages in (
+            (self.encoder == "reference", "encoder_down", len(self.encoder_channels) - 1),
+            (self.decoder == "reference", "decoder_up", len(self.decoder_channels)),
+        ):
+            named = set(getattr(self, name))
+            if used and not (len(named) == scales - 1 and named <= set(range(stages))):
+                raise ValueError(
+                    f"{name} must name {scales - 1} of the {stages} stages, counted from 0, for stride {self.stride}, "
+                    f"got {getattr(self, name)}"
+                )
+        if min(self.decoder_blocks, default=0) < 0:
+            raise ValueError(f"decoder_blocks must be 0 or more at every scale, got {self.decoder_blocks}")
         if self.decoder == "conditioned" and not len(self.decoder_channels) == len(self.decoder_blocks) == scales:
             raise ValueError(
-                f"stride {self.stride} makes {scales} scales, so decoder_channels and decoder_blocks need {scales} "
-                f"entries each, got {self.decoder_channels} and {self.decoder_blocks}"
+                f"decoder_channels and decoder_blocks need {scales} entries each, one for every scale that stride "
+                f"{self.stride} makes, got {self.decoder_channels} and {self.decoder_blocks}"
             )
 
     @property
@@ -94,7 +104,7 @@ class VQGAN(nn.Module):
     def forward(self, image: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Quantized]:
         """image: (B, 3, H, W); mask: (B, 1, H, W), 1 = not shown to the decoder.  Returns (reconstruction, quantized)."""
         quantized = self.codebook(self.encoder(image))
-        return self.decode_latents(quantized.z_q, image, mask), quantized
+        return self.decode_latents(quantized.z_q, None if mask is None else image, mask), quantized
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -107,19 +117,21 @@ class VQGAN(nn.Module):
 
         Args:
             tokens: (B, N) in [0, K).
-            known, mask: (B, 3, H, W) image and (B, 1, H, W) hole for the conditioned decoder, which without them decodes
-                as if nothing were known; the reference decoder has no use for them.
+            known, mask: (B, 3, H, W) image and (B, 1, H, W) hole (both or neither) for the conditioned decoder, which
+                without them decodes as if nothing were known; the reference decoder has no use for them.
         Returns:
             (B, 3, H, W), about [-1, 1], not clamped.
         """
         grid = self.config.grid
-        return self.decode_latents(self.codebook.lookup(tokens.view(-1, grid, grid)), known, mask)
+        return self.decode_latents(self.codebook.lookup(tokens.view(len(tokens), grid, grid)), known, mask)
 
     def decode_latents(self, z_q: Tensor, known: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Like `decode`, from (B, codebook_dim, h, w) codes."""
         if not self.conditioned:
             return self.decoder(z_q)
-        if known is None or mask is None:
+        if (known is None) != (mask is None):
+            raise ValueError("`known` and `mask` go together: give both or neither")
+        if known is None:
             size = self.config.image_size
             known = torch.zeros(len(z_q), 3, size, size, device=z_q.device)
             mask = torch.ones(len(z_q), 1, size, size, device=z_q.device)

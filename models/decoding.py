@@ -1,0 +1,173 @@
+"""Iterative decoding (Chang et al. 2022, MaskGIT, section 3.3): fill the masked tokens over a few rounds.
+
+Each round predicts every masked token, keeps the best and masks the rest again; the number left follows the schedule. The
+functions know nothing of networks: `tokens_to_logits` may be any callable, a random table in a test.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.schedule import gamma, mask_plan
+
+DECODERS = ("maskgit", "halton", "reference")
+
+# Known tokens must never be picked for re-masking. Noise can push a log-probability above 0, so a finite value is not safe.
+KNOWN_CONFIDENCE = float("inf")
+
+
+class Round(NamedTuple):
+    tokens: Tensor    # (B, N) int64 in [0, K): every token as predicted in this round, known ones as given
+    masked: Tensor    # (B, N) bool: what the next round predicts again
+
+
+@torch.no_grad()
+def iterative_decode(
+    tokens: Tensor,
+    token_mask: Tensor,
+    tokens_to_logits: Callable[[Tensor], Tensor],
+    *,
+    mask_token_id: int,
+    schedule: str = "cosine",
+    total_iter: int = 10,
+    sweet_spot: int | None = None,
+    decoder: str = "maskgit",
+    temperature: float = 1.0,
+    choice_temperature: float = 4.5,
+    generators: Sequence[torch.Generator],
+    on_round: Callable[[int], None] | None = None,
+) -> list[Round]:
+    """Fill masked tokens; known tokens are returned unchanged, and the arguments are not written to.
+
+    Args:
+        tokens: (B, N) int64; what stands at masked places is ignored.
+        token_mask: (B, N) bool, True = to be filled; every row has its own count.
+        tokens_to_logits: (B, N) tokens, `mask_token_id` where unknown -> (B, N, K) logits.
+        schedule: gamma function, one of `models.schedule.SCHEDULES`.
+        total_iter: T, rounds of the schedule.
+        sweet_spot: stop after this round, 1..T; the schedule still follows T. None runs them all.
+        decoder: 'maskgit' samples tokens and ranks them by log-probability + noise; 'halton' samples and goes through the
+            hole in a low-discrepancy order (Besnier et al. 2025, https://arxiv.org/abs/2503.17076); 'reference' takes the
+            likeliest token and ranks by probability + noise, with progress counted from 0.
+        temperature: divides the logits before sampling; 0 takes the likeliest token. Not used by 'reference'.
+        choice_temperature: scale of the Gumbel noise in the ranking; falls to 0 over the rounds.
+        generators: one for each row, so that a row's result doesn't depend on its neighbours in the batch.
+        on_round: called with the number of each finished round, from 1.
+    Returns:
+        One `Round` for each round run. The last one's `tokens` are the result.
+    """
+    last = _check(tokens, token_mask, total_iter, sweet_spot, decoder, temperature, choice_temperature, generators)
+    B, N = tokens.shape
+    plan = _plan(decoder, schedule, token_mask.sum(1), total_iter)                         # (B, T)
+    masked, rounds = token_mask, []
+    for t in range(1, last + 1):
+        noise = torch.stack([torch.rand(2, N, generator=g) for g in generators]).to(tokens.device)    # (B, 2, N)
+        if bool(masked.any()):
+            logits = tokens_to_logits(torch.where(masked, mask_token_id, tokens))          # (B, N, K)
+            tokens, score = _predict(decoder, logits, tokens, masked, temperature, noise[:, 0])
+            confidence = _confidence(decoder, score, t, total_iter, choice_temperature, noise[:, 1])
+            confidence = torch.where(masked, confidence, KNOWN_CONFIDENCE)                 # (B, N)
+            masked = lowest(confidence, plan[:, t - 1]) & masked                           # (B, N)
+        rounds.append(Round(tokens, masked))
+        if on_round:
+            on_round(t)
+    return rounds
+
+
+def _check(tokens, token_mask, total_iter, sweet_spot, decoder, temperature, choice_temperature, generators) -> int:
+    """Refuse arguments that make no sense; returns the last round to run."""
+    if decoder not in DECODERS:
+        raise ValueError(f"unknown decoder {decoder!r}; expected one of {', '.join(DECODERS)}")
+    if total_iter < 1:
+        raise ValueError(f"total_iter must be at least 1, got {total_iter}")
+    if sweet_spot is not None and not 1 <= sweet_spot <= total_iter:
+        raise ValueError(f"sweet_spot must lie in 1..total_iter ({total_iter}), got {sweet_spot}")
+    for name, value in (("temperature", temperature), ("choice_temperature", choice_temperature)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+    if token_mask.shape != tokens.shape or token_mask.dtype != torch.bool:
+        raise ValueError(f"token_mask must be bool {tuple(tokens.shape)}, got {token_mask.dtype} {tuple(token_mask.shape)}")
+    if len(generators) != len(tokens):
+        raise ValueError(f"{len(tokens)} rows need as many generators, got {len(generators)}")
+    return sweet_spot or total_iter
+
+
+def _plan(decoder: str, schedule: str, hole: Tensor, total_iter: int) -> Tensor:
+    """(B, T): how many tokens of each row stay masked after every round."""
+    if decoder != "reference":
+        return mask_plan(schedule, hole, total_iter)
+    # The reference counts progress from 0: its first round keeps nothing, and its last leaves tokens masked.
+    ratios = gamma(schedule, torch.arange(total_iter, dtype=torch.float64) / total_iter)   # (T,)
+    return (ratios * hole.cpu().unsqueeze(1)).ceil().long().to(hole.device)                # (B, T)
+
+
+def _predict(decoder: str, logits: Tensor, tokens: Tensor, masked: Tensor, temperature: float, uniform: Tensor):
+    """Predicted tokens (B, N), known ones as given, and their score (B, N): log-probability, or probability in 'reference'."""
+    rows = logits[masked].float()                                                          # (M, K)
+    log_p = rows.log_softmax(dim=-1)                                                       # (M, K)
+    if decoder == "reference" or temperature == 0:
+        picked = log_p.argmax(dim=-1)                                                      # (M,)
+    else:
+        # Inverse transform: the first code whose cumulative probability exceeds a uniform number.
+        cumulative = (rows / temperature).softmax(dim=-1).cumsum(dim=-1)                   # (M, K)
+        target = uniform[masked].unsqueeze(1) * cumulative[:, -1:]                         # (M, 1), in [0, total)
+        picked = torch.searchsorted(cumulative, target, right=True).squeeze(1)             # (M,)
+        picked = picked.clamp_max(rows.shape[1] - 1)
+    score = log_p.gather(1, picked.unsqueeze(1)).squeeze(1)                                # (M,)
+    if decoder == "reference":
+        score = score.exp()
+    return (
+        tokens.masked_scatter(masked, picked),
+        torch.zeros(tokens.shape, device=tokens.device).masked_scatter(masked, score),
+    )
+
+
+def _confidence(decoder: str, score: Tensor, t: int, total_iter: int, choice_temperature: float, uniform: Tensor) -> Tensor:
+    """(B, N), high = keep."""
+    if decoder == "halton":
+        order = halton_order(score.shape[1], score.device)                                 # (N,) when each place comes
+        return -order.float().expand_as(score)
+    tiny = torch.finfo(uniform.dtype).tiny
+    gumbel = -torch.log(-torch.log(uniform.clamp(tiny, 1 - 1e-7)))                         # (B, N)
+    progress = (t - 1) / total_iter if decoder == "reference" else t / total_iter
+    return score + choice_temperature * (1 - progress) * gumbel
+
+
+def lowest(confidence: Tensor, count: Tensor) -> Tensor:
+    """Mark the `count` least confident places of each row, by rank, so that ties can't change the number.
+
+    Args:
+        confidence: (B, N).
+        count: (B,) in [0, N].
+    Returns:
+        (B, N) bool.
+    """
+    rank = confidence.argsort(dim=1, stable=True).argsort(dim=1, stable=True)              # (B, N)
+    return rank < count.unsqueeze(1)
+
+
+def halton_order(seq_len: int, device: torch.device | None = None) -> Tensor:
+    """When each place of a square grid is visited by the Halton sequence of bases 2 and 3: (N,), a permutation of 0..N-1.
+
+    Neighbours in time are far apart in space, so tokens that are filled together depend little on one another.
+    """
+    side = math.isqrt(seq_len)
+    if side * side != seq_len:
+        raise ValueError(f"the halton decoder needs a square grid of tokens, got {seq_len}")
+    steps = torch.arange(1, 64 * seq_len + 1)
+    cells = (radical_inverse(steps, 2) * side).long() * side + (radical_inverse(steps, 3) * side).long()
+    first = torch.full((seq_len,), len(steps)).scatter_reduce(0, cells, steps, "amin")     # first visit of each place
+    return first.argsort(stable=True).argsort(stable=True).to(device)
+
+
+def radical_inverse(n: Tensor, base: int) -> Tensor:
+    """Digits of n in `base`, mirrored at the point: 6 = 110 in base 2 -> 0.011 = 0.375. Same shape, float64 in [0, 1)."""
+    n, out, scale = n.clone(), torch.zeros(n.shape, dtype=torch.float64), 1.0
+    while bool((n > 0).any()):
+        scale /= base
+        out += scale * (n % base)
+        n = n // base
+    return out

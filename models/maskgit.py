@@ -1,0 +1,238 @@
+"""MaskGIT for inpainting: a frozen VQGAN and the transformer that completes its tokens (Chang et al. 2022).
+
+    model = MaskGIT.from_pretrained("checkpoints/cat64.safetensors")
+    completed = model.inpaint(image, mask)        # PIL images, arrays or tensors; see `inpaint`
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from models import pictures
+from models.decoding import Round, iterative_decode
+from models.transformer import BidirectionalTransformer, TransformerConfig
+from models.vqgan import VQGAN, VQGANConfig
+
+FORMAT = "maskgit-inpainting"    # written into the metadata of weight files, so that foreign ones are recognised
+
+
+class Completion(NamedTuple):
+    images: Tensor         # (B, 3, H, W) decoded pictures in [-1, 1]
+    rounds: list[Round]    # tokens and masks after every round
+
+
+def pixel_to_token_mask(mask: Tensor, stride: int) -> Tensor:
+    """mask: (B, 1, H, W), 1 = hole.  Returns (B, N) bool, True if any pixel of the token's patch is a hole."""
+    return F.max_pool2d(mask.float(), kernel_size=stride).flatten(1) > 0.5
+
+
+def patch_pixels(image: Tensor, mask: Tensor, stride: int) -> Tensor:
+    """What is known of each patch: its pixels with the hole blanked, and the hole itself.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1]; what it holds inside the hole is ignored.
+        mask: (B, 1, H, W), 1 = hole.
+    Returns:
+        (B, N, 4 * stride**2).
+    """
+    mask = mask.to(image.dtype)
+    known = torch.cat([image * (1 - mask), mask], dim=1)                   # (B, 4, H, W)
+    return F.pixel_unshuffle(known, stride).flatten(2).transpose(1, 2)     # (B, N, 4 stride^2)
+
+
+class MaskGIT(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name=FORMAT,
+    tags=["inpainting", "maskgit", "vqgan"],
+    license="mit",
+):
+    """VQGAN (never trained here) and transformer.
+
+    Args:
+        vqgan, transformer: the two configs, as dataclasses or as plain dicts (so that a config file can hold them).
+    """
+
+    def __init__(self, vqgan: VQGANConfig | dict, transformer: TransformerConfig | dict) -> None:
+        super().__init__()
+        vqgan = VQGANConfig(**vqgan) if isinstance(vqgan, dict) else vqgan
+        transformer = TransformerConfig(**transformer) if isinstance(transformer, dict) else transformer
+        if transformer.codebook_size != vqgan.codebook_size:
+            raise ValueError(
+                f"transformer.codebook_size ({transformer.codebook_size}) must equal vqgan.codebook_size ({vqgan.codebook_size})"
+            )
+        if transformer.seq_len != vqgan.grid**2:
+            raise ValueError(f"transformer.seq_len must be {vqgan.grid**2}, the VQGAN's tokens, got {transformer.seq_len}")
+        if transformer.pixel_dim not in (0, 4 * vqgan.stride**2):
+            raise ValueError(
+                f"transformer.pixel_dim must be 0 or {4 * vqgan.stride**2} (4 numbers a pixel), got {transformer.pixel_dim}"
+            )
+        self.vqgan = VQGAN(vqgan).requires_grad_(False)
+        self.transformer = BidirectionalTransformer(transformer)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "MaskGIT":
+        """The VQGAN stays in evaluation mode, whatever the transformer does."""
+        super().train(mode)
+        self.vqgan.eval()
+        return self
+
+    @property
+    def image_size(self) -> int:
+        return self.vqgan.config.image_size
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.transformer.mask_token_id
+
+    # ---- training ----
+
+    def forward(self, tokens: Tensor, masked: Tensor, pixels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+        """Masked visual token modelling: cross-entropy of the masked tokens (section 3.1, equation 1).
+
+        Args:
+            tokens: (B, N) true tokens.
+            masked: (B, N) bool, the tokens to be hidden and predicted.
+            pixels: (B, N, pixel_dim), see `patch_pixels`, where the transformer takes them.
+        Returns:
+            Cross-entropies of the masked tokens, (M,), in nats.
+        """
+        logits = self.transformer(torch.where(masked, self.mask_token_id, tokens), pixels)    # (B, N, K)
+        return F.cross_entropy(logits[masked].float(), tokens[masked], label_smoothing=label_smoothing, reduction="none")
+
+    # ---- completion ----
+
+    @torch.no_grad()
+    def complete(self, image: Tensor, mask: Tensor, seeds: Sequence[int], **options: Any) -> Completion:
+        """Complete a batch of pictures of the model's own size, each with a hole of its own.
+
+        Args:
+            image: (B, 3, H, W) in [-1, 1]; what it holds inside the hole is ignored.
+            mask: (B, 1, H, W), 1 = hole.
+            seeds: B numbers; a picture's completion depends on its own seed only.
+            options: see `models.decoding.iterative_decode`.
+        Returns:
+            The decoded pictures (nothing is pasted here) and the rounds.
+        """
+        mask = mask.to(image.dtype)
+        image = image * (1 - mask)                                          # nothing behind the hole gets any further
+        token_mask = pixel_to_token_mask(mask, self.vqgan.config.stride)    # (B, N)
+        tokens = self.vqgan.encode(image)                                   # (B, N)
+        pixels = self.pixels_of(image, mask)
+        rounds = iterative_decode(
+            tokens, token_mask, lambda t: self.transformer(t, pixels),
+            mask_token_id=self.mask_token_id, generators=[torch.Generator().manual_seed(int(s)) for s in seeds], **options,
+        )    # fmt: skip
+        return Completion(self.decode(rounds[-1].tokens, image, mask), rounds)
+
+    def pixels_of(self, image: Tensor, mask: Tensor) -> Tensor | None:
+        """The transformer's second input, or None where it has none."""
+        return patch_pixels(image, mask, self.vqgan.config.stride) if self.transformer.config.pixel_dim else None
+
+    def decode(self, tokens: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+        """Tokens (B, N) to pictures (B, 3, H, W) in [-1, 1], guided by the known pixels where the decoder takes them."""
+        return self.vqgan.decode(tokens, image, mask).float().clamp(-1, 1)
+
+    def inpaint(
+        self,
+        image: Any,
+        mask: Any,
+        *,
+        seed: int = 0,
+        num_samples: int = 1,
+        paste: bool = True,
+        batch_size: int = 16,
+        on_round: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Complete one picture of any size.
+
+        Args:
+            image: PIL image, uint8 array (H, W, 3) or (H, W), or tensor (3, H, W) (uint8, or float in [0, 1]).
+            mask: PIL image or array (H, W), or tensor (H, W) or (1, H, W); non-zero / True = hole.
+            seed: completion i uses seed + i.
+            num_samples: number of completions.
+            paste: put the known pixels back, bit for bit; False returns the whole decode.
+            options: schedule, total_iter, sweet_spot, decoder, temperature, choice_temperature.
+        Returns:
+            One picture, of the type and size of `image`; a list of them if `num_samples` > 1.
+        Raises:
+            ValueError: picture and mask don't fit together, there is no hole, or an option makes no sense.
+        """
+        pixels, restore = pictures.to_tensor(image)                  # (3, H, W) uint8
+        hole = pictures.to_mask(mask, pixels.shape[-2:])             # (1, H, W) bool
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if not bool(hole.any()):
+            raise ValueError("the mask has no hole: there is nothing to complete")
+        out: list[Tensor] = []
+        for start in range(0, num_samples, batch_size):
+            seeds = range(seed + start, seed + min(start + batch_size, num_samples))
+            small, small_hole = pictures.shrink(pixels, hole, self.image_size)
+            batch = small.to(self.device).expand(len(seeds), -1, -1, -1)
+            masks = small_hole.to(self.device).expand(len(seeds), -1, -1, -1)
+            done = self.complete(batch, masks, seeds, on_round=on_round, **options)
+            out += [pictures.finish(x.cpu(), pixels, hole, paste) for x in done.images]
+        return restore(out[0]) if num_samples == 1 else [restore(x) for x in out]
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.pos_embed.device
+
+    # ---- files ----
+
+    def configs(self) -> dict[str, dict]:
+        return {"vqgan": asdict(self.vqgan.config), "transformer": asdict(self.transformer.config)}
+
+    def save_file(self, path: str | Path, dtype: torch.dtype = torch.float16, **notes: str) -> None:
+        """Write one safetensors file with the weights in `dtype` and the config (and `notes`) in its metadata."""
+        from safetensors.torch import save_file
+
+        state = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
+        metadata = {"format": "pt", "library": FORMAT, "config": json.dumps(self.configs()), **notes}
+        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+        save_file(state, temporary, metadata)
+        temporary.chmod(0o644)    # safetensors creates its files for their owner alone
+        temporary.replace(path)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "MaskGIT":
+        """Read a file of `save_file`: evaluation mode, float32, on the CPU. No code in the file is ever run.
+
+        Raises:
+            ValueError: the file is missing, truncated, of another kind, or its weights don't fit its config.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"checkpoint {path} not found; give a .safetensors file such as checkpoints/cat64.safetensors")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name).float() for name in file.keys()}    # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint {path} is truncated or not a safetensors file ({error})") from error
+        if metadata.get("library") != FORMAT or "config" not in metadata:
+            raise ValueError(f"checkpoint {path} holds no {FORMAT} model (no config in its metadata)")
+        try:
+            model = cls(**json.loads(metadata["config"]))
+            model.load_state_dict(state)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"checkpoint {path} does not fit its own config: {reason}") from error
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MaskGIT":
+        """A single .safetensors file, a folder written by `save_pretrained`, or a name on the Hugging Face hub."""
+        if str(pretrained_model_name_or_path).endswith(".safetensors"):
+            return cls.from_file(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs).eval()
