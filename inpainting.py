@@ -1,0 +1,198 @@
+"""Complete the missing parts of pictures.
+
+The bundled samples:  python inpainting.py
+Your own:             python inpainting.py --images PICTURES --masks MASKS --mask-func cosine --total-iter 10 --output out
+
+Pictures and masks are paired by name (a single mask serves all pictures); black in a mask is the hole. Any size works: the
+picture is shrunk to the model's size, completed, and the hole's content pasted into the untouched original.
+
+Writes OUTPUT/images/NAME.png, and with --save-steps OUTPUT/steps/NAME.png (the input, then the picture after every round),
+OUTPUT/masks/NAME.png (the tokens still masked after every round, white) and OUTPUT/steps/NAME.gif.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+import utils
+from data import DataError, pair, read_image, read_mask, to_uint8, write_image
+from models import MaskGIT
+from models.decoding import DECODERS, Round
+from models.pictures import finish, shrink
+from models.schedule import SCHEDULES
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Job:
+    """One completion to make."""
+
+    name: str        # of the output file, without suffix
+    image: Tensor    # (3, H, W) uint8
+    hole: Tensor     # (1, H, W) bool
+    seed: int
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints/cat64.safetensors"), help="model (default: the bundled one)")
+    parser.add_argument("--images", default=str(HERE / "samples/images"), help="picture or folder (default: the bundled samples)")
+    parser.add_argument("--masks", default=str(HERE / "samples/masks"), help="mask or folder; black = hole")
+    parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole in mask files")
+    parser.add_argument("--output", default="out", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--mask-func", default="cosine", metavar="NAME", help=f"schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
+    parser.add_argument("--total-iter", type=int, default=10, help="T, rounds of the schedule (default: %(default)s)")
+    parser.add_argument("--sweet-spot", type=int, help="stop after this round, 1..T; the schedule still follows T (default: T)")
+    parser.add_argument("--decoder", default="maskgit", metavar="NAME", help=f"{', '.join(DECODERS)} (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1: safer, 0: likeliest token (default: %(default)s)")
+    parser.add_argument("--choice-temperature", type=float, default=4.5, help="noise in the order of filling (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures completed together (default: %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=1, help="completions of each picture: NAME_s0.png, NAME_s1.png, ...")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--save-steps", action="store_true", help="write pictures, token masks and an animation of the rounds")
+    parser.add_argument("--paste", action=argparse.BooleanOptionalAction, default=True, help="put the known pixels back, bit for bit")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out unreadable pictures instead of stopping")
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what can't work before anything is read or written."""
+    if args.mask_func not in SCHEDULES:
+        raise utils.UserError(f"unknown --mask-func {args.mask_func!r}; expected one of {', '.join(SCHEDULES)}")
+    if args.decoder not in DECODERS:
+        raise utils.UserError(f"unknown --decoder {args.decoder!r}; expected one of {', '.join(DECODERS)}")
+    for name in ("total_iter", "batch_size", "num_samples"):
+        if getattr(args, name) < 1:
+            raise utils.UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.sweet_spot is not None and not 1 <= args.sweet_spot <= args.total_iter:
+        raise utils.UserError(f"--sweet-spot must lie in 1..{args.total_iter} (--total-iter), got {args.sweet_spot}")
+    for name in ("temperature", "choice_temperature"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise utils.UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
+
+
+def read_pair(image_path: Path, mask_path: Path, hole: str) -> tuple[Tensor, Tensor]:
+    """A picture (3, H, W) uint8 and its hole (1, H, W) bool, which must agree in size and leave something known."""
+    image, mask = read_image(image_path), read_mask(mask_path, hole)
+    if mask.shape[1:] != image.shape[1:]:
+        sizes = f"{mask.shape[2]}x{mask.shape[1]}, the picture {image_path.name} {image.shape[2]}x{image.shape[1]}"
+        raise DataError(f"mask {mask_path} is {sizes}; they must have the same size")
+    if bool(mask.all()):
+        raise DataError(f"mask {mask_path} hides the whole picture: nothing is left to complete it from (see --mask-hole)")
+    return image, mask
+
+
+def usable_pairs(args: argparse.Namespace) -> list[tuple[str, Path, Path]]:
+    """Read everything once, so that a bad file stops the run before the first result is written."""
+    pairs, good = pair(args.images, args.masks), []
+    for stem, image_path, mask_path in tqdm(pairs, desc="checking", unit="picture", leave=False, disable=None):
+        try:
+            read_pair(image_path, mask_path, args.mask_hole)
+        except DataError as error:
+            if not args.skip_bad:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        good.append((stem, image_path, mask_path))
+    if not good:
+        raise utils.UserError(f"none of the {len(pairs)} pictures in {args.images} could be used")
+    return good
+
+
+def jobs(args: argparse.Namespace, pairs: list[tuple[str, Path, Path]]) -> Iterator[Job]:
+    """Every completion to make. Its seed depends on --seed, the picture's name and the sample's number only."""
+    for stem, image_path, mask_path in pairs:
+        image, hole = read_pair(image_path, mask_path, args.mask_hole)
+        if not bool(hole.any()):
+            print(f"notice: mask {mask_path.name} has no hole; {image_path.name} is copied through", file=sys.stderr)
+        for i in range(args.num_samples):
+            name = f"{stem}_s{i}" if args.num_samples > 1 else stem
+            yield Job(name, image, hole, utils.seeded(args.seed, stem, i).initial_seed())
+
+
+def complete_batch(model: MaskGIT, batch: list[Job], args: argparse.Namespace, output: Path) -> None:
+    """Complete the pictures of a batch and write what was asked for."""
+    small = [shrink(job.image, job.hole, model.image_size) for job in batch]
+    image = torch.cat([x for x, _ in small]).to(model.device)                  # (B, 3, H, W)
+    mask = torch.cat([m for _, m in small]).to(model.device)                   # (B, 1, H, W)
+    done = model.complete(
+        image, mask, [job.seed for job in batch], schedule=args.mask_func, total_iter=args.total_iter,
+        sweet_spot=args.sweet_spot, decoder=args.decoder, temperature=args.temperature,
+        choice_temperature=args.choice_temperature,
+    )    # fmt: skip
+    for job, picture in zip(batch, done.images.cpu(), strict=True):
+        write_image(output / "images" / f"{job.name}.png", finish(picture, job.image, job.hole, args.paste))
+    if args.save_steps:
+        decoded = torch.stack([model.decode(r.tokens, image, mask) for r in done.rounds])     # (T, B, 3, H, W)
+        for i, job in enumerate(batch):
+            shown = torch.where(mask[i].bool(), decoded[:, i], image[i]) if args.paste else decoded[:, i]
+            before = image[i].masked_fill(mask[i].bool(), 0)
+            write_steps(job, to_uint8(torch.cat([before[None], shown])).cpu(), token_masks(model, mask, done.rounds, i), output)
+
+
+def token_masks(model: MaskGIT, mask: Tensor, rounds: list[Round], i: int) -> Tensor:
+    """Picture i's masked tokens before the first and after every round: (T + 1, 3, H, W) uint8, white = masked."""
+    stride = model.vqgan.config.stride
+    first = F.max_pool2d(mask[i : i + 1], stride).flatten(1).bool()            # (1, N)
+    grids = torch.cat([first] + [r.masked[i : i + 1] for r in rounds])         # (T + 1, N)
+    grids = grids.view(len(grids), 1, mask.shape[2] // stride, -1).float() * 255
+    return F.interpolate(grids, scale_factor=stride).expand(-1, 3, -1, -1).to(torch.uint8).cpu()
+
+
+def write_steps(job: Job, pictures: Tensor, masks: Tensor, output: Path) -> None:
+    """Two strips and an animation of the rounds; pictures and masks: (T + 1, 3, H, W) uint8."""
+    per_row = min(len(pictures), 11)
+    for folder, images in (("steps", pictures), ("masks", masks)):
+        write_image(output / folder / f"{job.name}.png", make_grid(images, nrow=per_row, padding=2, pad_value=128))
+    frames = torch.cat([pictures, masks], dim=3)                               # (T + 1, 3, H, 2 W)
+    frames = F.interpolate(frames.float(), scale_factor=3).to(torch.uint8)     # nearest: pixels stay pixels
+    first, *rest = (Image.fromarray(f.permute(1, 2, 0).numpy()) for f in frames)
+    with utils.atomic_write(output / "steps" / f"{job.name}.gif") as temporary:
+        times = [600] + [250] * (len(rest) - 1) + [1500]                       # ms
+        first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=times, loop=0)
+
+
+def load_model(path: str, device: torch.device) -> MaskGIT:
+    try:
+        return MaskGIT.from_file(path).to(device)
+    except ValueError as error:
+        raise utils.UserError(str(error)) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    check_args(args)
+    device = utils.pick_device(args.device)
+    pairs = usable_pairs(args)
+    model = load_model(args.checkpoint, device)
+    output = utils.writable_folder(args.output)
+
+    total = len(pairs) * args.num_samples
+    batch: list[Job] = []
+    started = time.perf_counter()
+    with tqdm(total=total, unit="picture", disable=None) as progress:
+        for job in jobs(args, pairs):
+            batch.append(job)
+            if len(batch) == args.batch_size or progress.n + len(batch) == total:
+                complete_batch(model, batch, args, output)
+                progress.update(len(batch))
+                batch = []
+    seconds = time.perf_counter() - started
+    print(f"completed {total} pictures in {seconds:.1f} s ({total / seconds:.1f} pictures/s): {output / 'images'}")
+    return 0
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)
