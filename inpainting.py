@@ -46,24 +46,25 @@ class Job:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints/cat64.safetensors"), help="model (default: the bundled one)")
-    parser.add_argument("--images", default=str(HERE / "samples/images"), help="picture or folder (default: the bundled samples)")
-    parser.add_argument("--masks", default=str(HERE / "samples/masks"), help="mask or folder; black = hole")
-    parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole in mask files")
-    parser.add_argument("--output", default="out", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--mask-func", default="cosine", metavar="NAME", help=f"schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
-    parser.add_argument("--total-iter", type=int, default=10, help="T, rounds of the schedule (default: %(default)s)")
-    parser.add_argument("--sweet-spot", type=int, help="stop after this round, 1..T; the schedule still follows T (default: T)")
-    parser.add_argument("--decoder", default="maskgit", metavar="NAME", help=f"{', '.join(DECODERS)} (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1: safer, 0: likeliest token (default: %(default)s)")
-    parser.add_argument("--choice-temperature", type=float, default=4.5, help="noise in the order of filling (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures completed together (default: %(default)s)")
-    parser.add_argument("--num-samples", type=int, default=1, help="completions of each picture: NAME_s0.png, NAME_s1.png, ...")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--save-steps", action="store_true", help="write pictures, token masks and an animation of the rounds")
-    parser.add_argument("--paste", action=argparse.BooleanOptionalAction, default=True, help="put the known pixels back, bit for bit")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out unreadable pictures instead of stopping")
+    flag = parser.add_argument
+    flag("--checkpoint", default=str(HERE / "checkpoints/cat64.safetensors"), help="model (default: the bundled one)")
+    flag("--images", default=str(HERE / "samples/images"), help="picture or folder (default: the bundled samples)")
+    flag("--masks", default=str(HERE / "samples/masks"), help="mask or folder; black = hole")
+    flag("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole in mask files")
+    flag("--output", default="out", help="folder for the results (default: %(default)s)")
+    flag("--mask-func", default="cosine", metavar="NAME", help=f"schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
+    flag("--total-iter", type=int, default=10, help="T, rounds of the schedule (default: %(default)s)")
+    flag("--sweet-spot", type=int, help="stop after this round, 1..T; the schedule still follows T (default: T)")
+    flag("--decoder", default="maskgit", metavar="NAME", help=f"{', '.join(DECODERS)} (default: %(default)s)")
+    flag("--temperature", type=float, default=1.0, help="below 1: safer, 0: likeliest token (default: %(default)s)")
+    flag("--choice-temperature", type=float, default=4.5, help="noise in the order of filling (default: %(default)s)")
+    flag("--batch-size", type=int, default=16, help="pictures completed together (default: %(default)s)")
+    flag("--num-samples", type=int, default=1, help="completions of each picture: NAME_s0.png, NAME_s1.png, ...")
+    flag("--seed", type=int, default=0)
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    flag("--save-steps", action="store_true", help="write pictures, token masks and an animation of the rounds")
+    flag("--paste", action=argparse.BooleanOptionalAction, default=True, help="put the known pixels back, bit for bit")
+    flag("--skip-bad", action="store_true", help="leave out unreadable pictures instead of stopping")
     return parser.parse_args(argv)
 
 
@@ -139,7 +140,8 @@ def complete_batch(model: MaskGIT, batch: list[Job], args: argparse.Namespace, o
         for i, job in enumerate(batch):
             shown = torch.where(mask[i].bool(), decoded[:, i], image[i]) if args.paste else decoded[:, i]
             before = image[i].masked_fill(mask[i].bool(), 0)
-            write_steps(job, to_uint8(torch.cat([before[None], shown])).cpu(), token_masks(model, mask, done.rounds, i), output)
+            pictures = to_uint8(torch.cat([before[None], shown])).cpu()                       # (T + 1, 3, H, W)
+            write_steps(job, pictures, token_masks(model, mask, done.rounds, i), output)
 
 
 def token_masks(model: MaskGIT, mask: Tensor, rounds: list[Round], i: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""PatchGAN discriminator and the adversarial terms of stage 1 (Isola et al. 2017, section 3.2.2; Esser et al. 2021, section 3.1)."""
+"""PatchGAN discriminator and the adversarial terms of stage 1.
+
+Isola et al. 2017, section 3.2.2 (https://arxiv.org/abs/1611.07004); Esser et al. 2021, section 3.1.
+"""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Between what people hold (PIL images, arrays, tensors of any size) and what the model takes (float tensors of its own size)."""
+"""From what people hold (PIL images, arrays, tensors of any size) to the model's float tensors, and back."""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +68,7 @@ def finish(decoded: Tensor, pixels: Tensor, hole: Tensor, paste: bool) -> Tensor
     """The model's (3, size, size) picture in [-1, 1] to uint8 (3, H, W), with the known pixels put back if `paste`."""
     if decoded.shape[-2:] != pixels.shape[-2:]:
         size = tuple(pixels.shape[-2:])
-        decoded = F.interpolate(decoded.unsqueeze(0), size=size, mode="bicubic", antialias=True, align_corners=False).squeeze(0)
+        decoded = F.interpolate(decoded[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
     decoded = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return torch.where(hole, decoded, pixels) if paste else decoded
 

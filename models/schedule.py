@@ -1,6 +1,6 @@
 """Mask schedules gamma(r) of MaskGIT (Chang et al. 2022, section 3.3 and figure 8, https://arxiv.org/abs/2202.04200).
 
-A schedule maps progress r in [0, 1] to the share of tokens that is still masked: gamma(0) = 1, gamma(1) = 0, falling between.
+A schedule maps progress r in [0, 1] to the share of tokens that is still masked: gamma(0) = 1, falling to gamma(1) = 0.
 """
 
 import math
