@@ -61,7 +61,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):    # gone already, or never there
+            temporary.unlink()
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -136,13 +137,17 @@ def build_config(cls: type[T], values: dict[str, Any], section: str) -> T:
     """Fill a dataclass; unknown keys, wrong types and values out of range are refused by the key's full name."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    # JSON: strict, yet a list may fill a list field. YAML's dates, which JSON lacks, become text.
+    text = json.dumps({str(key): value for key, value in values.items()}, default=str)
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(values))    # JSON: strict, yet a list may fill a list field
+        return TypeAdapter(cls).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in (section, *first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error" and message.split()[0] in cls.__dataclass_fields__:
+            raise UserError(f"config {key}.{message}") from error    # from __post_init__, which begins with the key's name
         if first["type"] == "unexpected_keyword_argument":
             message = f"unknown key; {section} has {', '.join(cls.__dataclass_fields__)}"
         raise UserError(f"config {key}: {message}") from error
@@ -203,7 +208,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         except RuntimeError as error:    # what torch.save makes of a full disk
             raise OSError(None, str(error).splitlines()[0]) from error
         with open(temporary, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else _sha256(file)
+            digest = _sha256(file)
         with open(temporary, "ab") as file:
             file.write(_MAGIC + digest)
 
@@ -230,7 +235,8 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(data[:-trailer]), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"checkpoint {path} can't be loaded safely: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"checkpoint {path} can't be loaded safely: {reason}") from error
     if not isinstance(state, dict) or state.get("kind") != kind:
         found = state.get("kind") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"checkpoint {path} holds {found!r}, expected {kind!r}")
@@ -239,14 +245,11 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
 
 def save_last(folder: Path, state: dict[str, Any]) -> None:
     """Write last.pt, keeping the one before as previous.pt."""
-    last = folder / "last.pt"
+    last, new = folder / "last.pt", folder / "next.pt"
+    save_checkpoint(new, state)    # first, so that a full disk leaves both older files as they are
     with contextlib.suppress(FileNotFoundError):
-        # A hard link keeps last.pt in place until the new file replaces it.
-        spare = folder / ".previous.link"
-        spare.unlink(missing_ok=True)
-        os.link(last, spare)
-        os.replace(spare, folder / "previous.pt")
-    save_checkpoint(last, state)
+        os.replace(last, folder / "previous.pt")
+    os.replace(new, last)
 
 
 def find_resume(folder: Path, resume: str | None, kind: str) -> dict[str, Any] | None:
@@ -255,7 +258,7 @@ def find_resume(folder: Path, resume: str | None, kind: str) -> dict[str, Any] |
         return None
     if resume != "auto":
         return load_checkpoint(resume, kind)
-    for name in ("last.pt", "previous.pt", "best.pt"):
+    for name in ("next.pt", "last.pt", "previous.pt", "best.pt"):    # next.pt: killed between two renames of save_last
         if (folder / name).exists():
             try:
                 return load_checkpoint(folder / name, kind)
@@ -272,7 +275,7 @@ class Logger:
     """One JSON line per log step in metrics.jsonl, and the same numbers in TensorBoard."""
 
     def __init__(self, folder: Path, step: int, enabled: bool = True) -> None:
-        """`step` is where the run (re)starts: lines at or after it, from a run that was killed, are dropped."""
+        """`step` is where the run (re)starts: lines after it, from a run that was killed, are dropped."""
         self.path = folder / "metrics.jsonl"
         self.enabled = enabled
         self.board = None
@@ -328,11 +331,13 @@ def fingerprint(*parts: Any) -> str:
     """A short hash of tensors, dataclasses and plain values, e.g. to key a cache."""
     total = hashlib.sha256()
     for part in parts:
+        one = hashlib.sha256()    # a hash for each part, so that (1, 23) and (12, 3) differ
         if isinstance(part, Tensor):
-            total.update(str(part.dtype).encode() + str(tuple(part.shape)).encode())
-            total.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            one.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            one.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         else:
-            total.update(repr(asdict(part) if is_dataclass(part) else part).encode())
+            one.update(repr(asdict(part) if is_dataclass(part) else part).encode())
+        total.update(one.digest())
     return total.hexdigest()[:16]
 
 
@@ -344,6 +349,8 @@ def make_accelerator(device: str, precision: str, handlers: list[Any] = ()):
     from accelerate import Accelerator
 
     chosen = pick_device(device)
+    if chosen.index is not None and chosen.type == "cuda":
+        torch.cuda.set_device(chosen)    # Accelerate takes the current device, or its local rank's under a launcher
     return Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no", cpu=chosen.type == "cpu", kwargs_handlers=list(handlers)
     )
