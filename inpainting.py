@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -182,15 +183,12 @@ def main(argv: list[str] | None = None) -> int:
     output = utils.writable_folder(args.output)
 
     total = len(pairs) * args.num_samples
-    batch: list[Job] = []
     started = time.perf_counter()
+    stream = jobs(args, pairs)
     with tqdm(total=total, unit="picture", disable=None) as progress:
-        for job in jobs(args, pairs):
-            batch.append(job)
-            if len(batch) == args.batch_size or progress.n + len(batch) == total:
-                complete_batch(model, batch, args, output)
-                progress.update(len(batch))
-                batch = []
+        while batch := list(islice(stream, args.batch_size)):
+            complete_batch(model, batch, args, output)
+            progress.update(len(batch))
     seconds = time.perf_counter() - started
     print(f"completed {total} pictures in {seconds:.1f} s ({total / seconds:.1f} pictures/s): {output / 'images'}")
     return 0

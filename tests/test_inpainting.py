@@ -1,0 +1,293 @@
+"""inpainting.py as people run it: files in, files out, and every refusal."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import inpainting
+import utils
+from data import read_image, read_mask, write_image
+from models.maskgit import MaskGIT
+from models.transformer import TransformerConfig
+from models.vqgan import VQGANConfig
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model with random weights, 16x16 pictures, 4x4 tokens."""
+    torch.manual_seed(0)
+    vqgan = VQGANConfig(
+        image_size=SIZE, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
+        decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1],
+    )    # fmt: skip
+    transformer = TransformerConfig(
+        codebook_size=32, seq_len=16, embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.0,
+        attention_dropout=0.0, pre_norm=True, qk_norm=True, pixel_dim=64,
+    )    # fmt: skip
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    MaskGIT(vqgan, transformer).save_file(path)
+    return path
+
+
+def picture(seed: int, height: int = SIZE, width: int = SIZE) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def write_mask(path, hole) -> None:
+    write_image(path, torch.where(hole, 0, 255).to(torch.uint8).expand(3, -1, -1))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Five pictures, each with a hole of its own."""
+    for i in range(5):
+        write_image(tmp_path / "images" / f"cat_{i}.png", picture(i))
+        hole = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+        hole[:, i : i + 6, 2 : 9 + i] = True
+        write_mask(tmp_path / "masks" / f"cat_{i}.png", hole)
+    return tmp_path
+
+
+def run(checkpoint, folders, *flags: str, out: str = "out") -> dict[str, torch.Tensor]:
+    """Run the script in process; returns the pictures it wrote, by name."""
+    argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks", "--output", folders / out]
+    assert inpainting.main([str(a) for a in argv] + ["--device", "cpu", *flags]) == 0
+    return {p.stem: read_image(p) for p in sorted((folders / out / "images").iterdir())}
+
+
+def exit_code(argv: list, capsys) -> tuple[int, str]:
+    """Exit code and stderr of the script, run as the command line does."""
+    with pytest.raises(SystemExit) as stopped:
+        utils.run_cli(lambda: inpainting.main([str(a) for a in argv]))
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_known_pixels_are_exact_and_the_hole_is_filled(checkpoint, folders):
+    done = run(checkpoint, folders)
+    assert sorted(done) == [f"cat_{i}" for i in range(5)]
+    for name, result in done.items():
+        image = read_image(folders / "images" / f"{name}.png")
+        hole = read_mask(folders / "masks" / f"{name}.png").expand_as(image)
+        assert torch.equal(result[~hole], image[~hole])
+        assert not torch.equal(result[hole], image[hole])
+
+
+def test_what_lies_behind_the_hole_has_no_influence(checkpoint, folders):
+    before = run(checkpoint, folders)
+    for i in range(5):
+        image = read_image(folders / "images" / f"cat_{i}.png")
+        hole = read_mask(folders / "masks" / f"cat_{i}.png")
+        write_image(folders / "images" / f"cat_{i}.png", torch.where(hole, 255 - image, image))
+    after = run(checkpoint, folders)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2", "3"])
+def test_a_batch_gives_what_single_pictures_give(checkpoint, folders, batch_size):
+    together = run(checkpoint, folders, "--batch-size", "5", out="a")
+    split = run(checkpoint, folders, "--batch-size", batch_size, out="b")
+    assert together.keys() == split.keys()
+    assert all(torch.equal(together[name], split[name]) for name in together)
+
+
+def test_a_picture_does_not_depend_on_the_other_pictures_in_the_folder(checkpoint, folders):
+    full = run(checkpoint, folders, out="a")
+    for name in ("cat_0", "cat_1"):
+        (folders / "images" / f"{name}.png").unlink()
+        (folders / "masks" / f"{name}.png").unlink()
+    some = run(checkpoint, folders, out="b")
+    assert len(some) == 3 and all(torch.equal(full[name], some[name]) for name in some)
+
+
+def test_seeds_repeat_and_samples_differ(checkpoint, folders):
+    first = run(checkpoint, folders, "--num-samples", "2", "--seed", "7", out="a")
+    again = run(checkpoint, folders, "--num-samples", "2", "--seed", "7", out="b")
+    other = run(checkpoint, folders, "--num-samples", "2", "--seed", "8", out="c")
+    assert sorted(first) == sorted(f"cat_{i}_s{s}" for i in range(5) for s in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    assert not torch.equal(first["cat_4_s0"], first["cat_4_s1"])
+
+
+def test_no_paste_writes_the_whole_decode(checkpoint, folders):
+    pasted, whole = run(checkpoint, folders, out="a"), run(checkpoint, folders, "--no-paste", out="b")
+    for name in pasted:
+        hole = read_mask(folders / "masks" / f"{name}.png").expand_as(pasted[name])
+        assert torch.equal(pasted[name][hole], whole[name][hole])
+        assert not torch.equal(pasted[name][~hole], whole[name][~hole])
+
+
+def test_save_steps_writes_every_round(checkpoint, folders):
+    run(checkpoint, folders, "--save-steps", "--total-iter", "4")
+    for i in range(5):
+        cells = 5    # the input and four rounds
+        for kind in ("steps", "masks"):
+            strip = read_image(folders / "out" / kind / f"cat_{i}.png")
+            assert strip.shape == (3, SIZE + 4, cells * (SIZE + 2) + 2)
+        with Image.open(folders / "out" / "steps" / f"cat_{i}.gif") as animation:
+            assert animation.n_frames >= 2
+        masks = read_image(folders / "out" / "masks" / f"cat_{i}.png")[0]
+        left = [(masks[2:-2, 2 + k * (SIZE + 2) : 2 + k * (SIZE + 2) + SIZE] == 255).sum().item() for k in range(cells)]
+        assert all(a > b or a == b == 0 for a, b in zip(left, left[1:], strict=False)) and left[-1] == 0
+
+
+def test_sweet_spot_is_the_long_run_stopped_early(checkpoint, folders):
+    run(checkpoint, folders, "--save-steps", "--total-iter", "6", out="a")
+    early = run(checkpoint, folders, "--total-iter", "6", "--sweet-spot", "2", out="b")
+    for name, result in early.items():
+        strip = read_image(folders / "a" / "steps" / f"{name}.png")
+        left = 2 + 2 * (SIZE + 2)    # the third cell: after round 2
+        assert torch.equal(strip[:, 2:-2, left : left + SIZE], result)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (24, 50), (7, 9)])
+def test_other_sizes_keep_every_known_pixel(checkpoint, tmp_path, height, width):
+    image, hole = picture(3, height, width), torch.zeros(1, height, width, dtype=torch.bool)
+    hole[:, 2:6, 3:8] = True
+    write_image(tmp_path / "images" / "a.png", image)
+    write_mask(tmp_path / "masks" / "a.png", hole)
+    result = run(checkpoint, tmp_path)["a"]
+    assert result.shape == image.shape
+    assert torch.equal(result[~hole.expand_as(image)], image[~hole.expand_as(image)])
+    assert not torch.equal(result, image)
+
+
+def test_one_mask_serves_all_and_a_file_is_a_folder_of_one(checkpoint, folders):
+    argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks/cat_0.png"]
+    assert inpainting.main([str(a) for a in [*argv, "--output", folders / "a", "--device", "cpu"]]) == 0
+    assert len(list((folders / "a/images").iterdir())) == 5
+    argv[3] = folders / "images/cat_2.png"
+    assert inpainting.main([str(a) for a in [*argv, "--output", folders / "b", "--device", "cpu"]]) == 0
+    assert torch.equal(read_image(folders / "a/images/cat_2.png"), read_image(folders / "b/images/cat_2.png"))
+
+
+def test_white_holes(checkpoint, folders):
+    black = run(checkpoint, folders, out="a")
+    for path in (folders / "masks").iterdir():
+        write_image(path, 255 - read_image(path))
+    white = run(checkpoint, folders, "--mask-hole", "white", out="b")
+    assert all(torch.equal(black[name], white[name]) for name in black)
+
+
+def test_no_hole_is_copied_through_with_a_notice(checkpoint, folders, capsys):
+    write_mask(folders / "masks" / "cat_3.png", torch.zeros(1, SIZE, SIZE, dtype=torch.bool))
+    done = run(checkpoint, folders)
+    assert torch.equal(done["cat_3"], read_image(folders / "images" / "cat_3.png"))
+    assert "cat_3" in capsys.readouterr().err
+
+
+def test_skip_bad_names_the_file_and_goes_on(checkpoint, folders, capsys):
+    (folders / "images" / "cat_1.png").write_bytes((folders / "images" / "cat_1.png").read_bytes()[:60])
+    done = run(checkpoint, folders, "--skip-bad")
+    assert sorted(done) == ["cat_0", "cat_2", "cat_3", "cat_4"]
+    assert "cat_1.png" in capsys.readouterr().err
+
+
+def broken(folders, what: str) -> list[str]:
+    """Break the folders (or the flags) in one way; returns the flags to add."""
+    images, masks = folders / "images", folders / "masks"
+    if what == "missing folder":
+        return ["--images", str(folders / "nowhere")]
+    if what == "empty folder":
+        (folders / "empty").mkdir()
+        return ["--images", str(folders / "empty")]
+    if what == "unpaired":
+        (masks / "cat_2.png").unlink()
+    if what == "truncated image":
+        (images / "cat_4.png").write_bytes((images / "cat_4.png").read_bytes()[:60])
+    if what == "not an image":
+        (images / "cat_4.png").write_text("hello")
+    if what == "mask of another size":
+        write_mask(masks / "cat_4.png", torch.zeros(1, SIZE, SIZE + 1, dtype=torch.bool))
+    if what == "all hole":
+        write_mask(masks / "cat_4.png", torch.ones(1, SIZE, SIZE, dtype=torch.bool))
+    if what == "output is a file":
+        (folders / "file").write_text("")
+        return ["--output", str(folders / "file")]
+    if what == "checkpoint missing":
+        return ["--checkpoint", str(folders / "none.safetensors")]
+    if what == "checkpoint truncated":
+        whole = (folders / "model.safetensors").read_bytes()
+        (folders / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+        return ["--checkpoint", str(folders / "cut.safetensors")]
+    if what == "checkpoint of another kind":
+        from safetensors.torch import save_file
+
+        save_file({"x": torch.zeros(2)}, folders / "other.safetensors")
+        return ["--checkpoint", str(folders / "other.safetensors")]
+    if what == "checkpoint of another config":
+        from safetensors import safe_open
+        from safetensors.torch import load_file, save_file
+
+        with safe_open(folders / "model.safetensors", framework="pt") as file:
+            metadata = file.metadata()
+        metadata["config"] = metadata["config"].replace('"depth": 2', '"depth": 3')
+        save_file(load_file(folders / "model.safetensors"), folders / "odd.safetensors", metadata)
+        return ["--checkpoint", str(folders / "odd.safetensors")]
+    return {
+        "unknown schedule": ["--mask-func", "sinus"],
+        "unknown decoder": ["--decoder", "beam"],
+        "no rounds": ["--total-iter", "0"],
+        "sweet spot beyond T": ["--total-iter", "4", "--sweet-spot", "5"],
+        "negative temperature": ["--temperature", "-1"],
+        "temperature nan": ["--temperature", "nan"],
+        "no samples": ["--num-samples", "0"],
+        "unknown device": ["--device", "abacus"],
+        "no cuda": ["--device", "cuda"],
+    }.get(what, [])
+
+
+CASES = {
+    "missing folder": "does not exist", "empty folder": "no picture", "unpaired": "cat_2", "truncated image": "cat_4.png",
+    "not an image": "cat_4.png", "mask of another size": "same size", "all hole": "whole picture",
+    "output is a file": "not writable", "checkpoint missing": "not found", "checkpoint truncated": "truncated",
+    "checkpoint of another kind": "no config", "checkpoint of another config": "does not fit", "unknown schedule": "sinus",
+    "unknown decoder": "beam", "no rounds": "at least 1", "sweet spot beyond T": "1..4", "negative temperature": "temperature",
+    "temperature nan": "temperature", "no samples": "--num-samples", "unknown device": "abacus", "no cuda": "CUDA",
+}    # fmt: skip
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_bad_input_is_one_sentence_and_nothing_is_written(checkpoint, folders, capsys, monkeypatch, what):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (folders / "model.safetensors").write_bytes(checkpoint.read_bytes())
+    argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks"]
+    argv += ["--output", folders / "out", "--device", "cpu", *broken(folders, what)]
+    code, err = exit_code(argv, capsys)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and CASES[what] in err
+    assert not list(folders.glob("out/**/*.png"))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions bind (not root)")
+def test_read_only_output(checkpoint, folders, capsys):
+    (folders / "locked").mkdir(mode=0o500)
+    argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks"]
+    code, err = exit_code([*argv, "--output", folders / "locked"], capsys)
+    assert code == 2 and "not writable" in err
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+def test_every_kind_of_picture_is_taken(checkpoint, tmp_path, mode):
+    (tmp_path / "images").mkdir()
+    gray = np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE)
+    image = Image.fromarray(gray.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(gray).convert(mode)
+    path = tmp_path / "images" / ("a.tif" if mode == "CMYK" else "a.png")
+    image.save(path)
+    hole = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    hole[:, 4:9, 4:9] = True
+    write_mask(tmp_path / "masks" / "a.png", hole)
+    result, known = run(checkpoint, tmp_path)["a"], ~hole.expand(3, -1, -1)
+    assert torch.equal(result[known], read_image(path)[known])
+
+
+def test_interrupt_has_its_exit_code(capsys, monkeypatch):
+    monkeypatch.setattr(inpainting, "main", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stopped:
+        utils.run_cli(inpainting.main)
+    assert stopped.value.code == 130 and "interrupted" in capsys.readouterr().err
