@@ -4,6 +4,7 @@ Each round predicts every masked token, keeps the best and masks the rest again;
 functions know nothing of networks: `tokens_to_logits` may be any callable, a random table in a test.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def iterative_decode(
     Args:
         tokens: (B, N) int64; what stands at masked places is ignored.
         token_mask: (B, N) bool, True = to be filled; every row has its own count.
-        tokens_to_logits: (B, N) tokens, `mask_token_id` where unknown -> (B, N, K) logits.
+        tokens_to_logits: (B, N) tokens -> (M, K) logits of those that are `mask_token_id`, row by row.
         schedule: gamma function, one of `models.schedule.SCHEDULES`.
         total_iter: T, rounds of the schedule.
         sweet_spot: stop after this round, 1..T; the schedule still follows T. None runs them all.
@@ -66,7 +67,7 @@ def iterative_decode(
     for t in range(1, last + 1):
         noise = torch.stack([torch.rand(2, N, generator=g) for g in generators]).to(tokens.device)    # (B, 2, N)
         if bool(masked.any()):
-            logits = tokens_to_logits(torch.where(masked, mask_token_id, tokens))          # (B, N, K)
+            logits = tokens_to_logits(torch.where(masked, mask_token_id, tokens))          # (M, K)
             tokens, score = _predict(decoder, logits, tokens, masked, temperature, noise[:, 0])
             confidence = _confidence(decoder, score, t, total_iter, choice_temperature, noise[:, 1])
             confidence = torch.where(masked, confidence, KNOWN_CONFIDENCE)                 # (B, N)
@@ -105,17 +106,20 @@ def _plan(decoder: str, schedule: str, hole: Tensor, total_iter: int) -> Tensor:
 
 
 def _predict(decoder: str, logits: Tensor, tokens: Tensor, masked: Tensor, temperature: float, uniform: Tensor):
-    """Predicted tokens (B, N), known ones as given, and their score (B, N): log-probability, or probability in 'reference'."""
-    rows = logits[masked].float()                                                          # (M, K)
-    log_p = rows.log_softmax(dim=-1)                                                       # (M, K)
+    """Predicted tokens (B, N), known ones as given, and scores (B, N): log-probabilities, in 'reference' probabilities."""
+    count = int(masked.sum())
+    if len(logits) != count:
+        raise ValueError(f"tokens_to_logits must give a row for each of {count} masked tokens, got {len(logits)}")
+    logits = logits.float()                                                                # (M, K)
+    log_p = logits.log_softmax(dim=-1)                                                     # (M, K)
     if decoder == "reference" or temperature == 0:
         picked = log_p.argmax(dim=-1)                                                      # (M,)
     else:
         # Inverse transform: the first code whose cumulative probability exceeds a uniform number.
-        cumulative = (rows / temperature).softmax(dim=-1).cumsum(dim=-1)                   # (M, K)
+        cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)                 # (M, K)
         target = uniform[masked].unsqueeze(1) * cumulative[:, -1:]                         # (M, 1), in [0, total)
         picked = torch.searchsorted(cumulative, target, right=True).squeeze(1)             # (M,)
-        picked = picked.clamp_max(rows.shape[1] - 1)
+        picked = picked.clamp_max(logits.shape[1] - 1)
     score = log_p.gather(1, picked.unsqueeze(1)).squeeze(1)                                # (M,)
     if decoder == "reference":
         score = score.exp()
@@ -128,7 +132,7 @@ def _predict(decoder: str, logits: Tensor, tokens: Tensor, masked: Tensor, tempe
 def _confidence(decoder: str, score: Tensor, t: int, total_iter: int, choice_temperature: float, uniform: Tensor) -> Tensor:
     """(B, N), high = keep."""
     if decoder == "halton":
-        order = halton_order(score.shape[1], score.device)                                 # (N,) when each place comes
+        order = halton_order(score.shape[1]).to(score.device)                              # (N,) when each place comes
         return -order.float().expand_as(score)
     tiny = torch.finfo(uniform.dtype).tiny
     gumbel = -torch.log(-torch.log(uniform.clamp(tiny, 1 - 1e-7)))                         # (B, N)
@@ -149,7 +153,8 @@ def lowest(confidence: Tensor, count: Tensor) -> Tensor:
     return rank < count.unsqueeze(1)
 
 
-def halton_order(seq_len: int, device: torch.device | None = None) -> Tensor:
+@functools.cache
+def halton_order(seq_len: int) -> Tensor:
     """When each place of a square grid is visited by the Halton sequence of bases 2 and 3: (N,), a permutation of 0..N-1.
 
     Neighbours in time are far apart in space, so tokens that are filled together depend little on one another.
@@ -160,7 +165,7 @@ def halton_order(seq_len: int, device: torch.device | None = None) -> Tensor:
     steps = torch.arange(1, 64 * seq_len + 1)
     cells = (radical_inverse(steps, 2) * side).long() * side + (radical_inverse(steps, 3) * side).long()
     first = torch.full((seq_len,), len(steps)).scatter_reduce(0, cells, steps, "amin")     # first visit of each place
-    return first.argsort(stable=True).argsort(stable=True).to(device)
+    return first.argsort(stable=True).argsort(stable=True)
 
 
 def radical_inverse(n: Tensor, base: int) -> Tensor:

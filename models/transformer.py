@@ -53,12 +53,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, config.mlp_dim), nn.GELU(), nn.Linear(config.mlp_dim, D))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, N, D).  Returns (B, N, D)."""
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """x: (B, N, D).  Returns (B, N, D), or (M, D) at the M flat positions `wanted`: the MLP sees each token alone."""
+        x = x + self.dropout(self.attention(self.norm1(x) if self.pre_norm else x))
+        if wanted is not None:
+            x = x.flatten(0, 1)[wanted]                                             # (M, D)
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.norm1(x)))
             return x + self.dropout(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x)))
+        x = self.norm1(x)
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
@@ -107,14 +109,15 @@ class BidirectionalTransformer(nn.Module):
                 for layer in (block.attention.proj, block.mlp[2]):
                     layer.weight.data.mul_((2 * self.config.depth) ** -0.5)
 
-    def forward(self, tokens: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Logits over the codebook for every position.
+    def forward(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        """Logits over the codebook for every position, or for some.
 
         Args:
             tokens: (B, N) int64 in [0, K]; K is the mask token.
             pixels: (B, N, pixel_dim) masked pixels and hole of each patch; needed if and only if `pixel_dim` > 0.
+            wanted: (M,) positions b * N + n whose logits are needed; saves the others' share of the last MLP and the head.
         Returns:
-            (B, N, K): the mask token itself can't be predicted, in training or in decoding.
+            (B, N, K), or (M, K) for the `wanted` ones: the mask token itself can't be predicted, in training or in decoding.
         """
         if (pixels is None) != (self.pixel_embed is None):
             raise ValueError(
@@ -125,8 +128,10 @@ class BidirectionalTransformer(nn.Module):
         if pixels is not None:
             x = x + self.pixel_embed(pixels)                                        # (B, N, D)
         x = self.dropout(self.embed_norm(x))                                        # (B, N, D)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)                                                            # (B, N, D)
-        x = self.head(self.final_norm(x))                                           # (B, N, D)
-        K = self.config.codebook_size
-        return x @ self.token_embed.weight[:K].T.to(x.dtype) + self.bias[:, :K]     # (B, N, K)
+        x = self.blocks[-1](x, wanted)                                              # (B, N, D) or (M, D)
+        x = self.head(self.final_norm(x))                                           # the same
+        K, N = self.config.codebook_size, self.config.seq_len
+        bias = self.bias[:, :K] if wanted is None else self.bias[wanted % N, :K]    # (N, K) or (M, K)
+        return x @ self.token_embed.weight[:K].T.to(x.dtype) + bias                 # (B, N, K) or (M, K)

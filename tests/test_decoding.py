@@ -1,0 +1,474 @@
+"""models/decoding.py and the engine around it: plans, order, randomness, the reference's steps, refusals."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import MaskGIT
+from models.decoding import DECODERS, Round, _confidence, halton_order, iterative_decode, lowest, radical_inverse
+from models.schedule import SCHEDULES, gamma
+from models.transformer import BidirectionalTransformer, TransformerConfig
+
+N, K = 36, 11    # a 6x6 grid
+MASK = K
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [rng(n) for n in numbers]
+
+
+class Table:
+    """A network of two random tables: logits depend on the place and on the row's other tokens, never on other rows."""
+
+    def __init__(self, scale: float = 2.0, length: int = N) -> None:
+        self.places = torch.randn(length, K, generator=rng(1)) * scale
+        self.context = torch.randn(K + 1, K, generator=rng(2)) * scale
+        self.calls = 0
+
+    def every(self, tokens: Tensor) -> Tensor:
+        """Logits (B, N, K) of all places."""
+        return torch.stack([self.places + self.context[row].mean(0) for row in tokens])
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.calls += 1
+        return self.every(tokens)[tokens == MASK]
+
+
+def rows(*holes: int) -> tuple[Tensor, Tensor]:
+    """Tokens (B, N) and masks with so many random places to be filled in each row."""
+    generator = rng(3)
+    tokens = torch.randint(K, (len(holes), N), generator=generator)
+    order = torch.rand(len(holes), N, generator=generator).argsort(1).argsort(1)
+    return tokens, order < torch.tensor(holes).unsqueeze(1)
+
+
+def decode(tokens: Tensor, mask: Tensor, table=None, **options) -> list[Round]:
+    options.setdefault("generators", seeds(*range(len(tokens))))
+    return iterative_decode(tokens, mask, table or Table(), mask_token_id=MASK, **options)
+
+
+def same(a: Round, b: Round) -> bool:
+    return torch.equal(a.tokens, b.tokens) and torch.equal(a.masked, b.masked)
+
+
+# ---- what holds for every decoder ----
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("total_iter", [1, 2, 7, 50])
+def test_known_tokens_stay_and_no_mask_token_is_left(decoder, total_iter):
+    tokens, mask = rows(0, 1, 20, N)
+    rounds = decode(tokens, mask, decoder=decoder, total_iter=total_iter)
+    assert len(rounds) == total_iter
+    before = mask
+    for r in rounds:
+        assert r.tokens.dtype == torch.int64 and r.masked.dtype == torch.bool
+        assert torch.equal(r.tokens[~mask], tokens[~mask])
+        assert ((r.tokens >= 0) & (r.tokens < K)).all()
+        assert not (r.masked & ~before).any()    # what was accepted once stays
+        before = r.masked
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_accepted_tokens_never_change_again(decoder):
+    tokens, mask = rows(20, N)
+    rounds = decode(tokens, mask, decoder=decoder, total_iter=8)
+    for a, b in zip(rounds, rounds[1:], strict=False):
+        assert torch.equal(a.tokens[~a.masked], b.tokens[~a.masked])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("decoder", ["maskgit", "halton"])
+def test_counts_follow_the_plan_of_each_row(decoder, schedule):
+    holes, T = (0, 1, 7, 20, N), 9
+    rounds = decode(*rows(*holes), decoder=decoder, total_iter=T, schedule=schedule)
+    for row, hole in enumerate(holes):
+        counts = [int(r.masked[row].sum()) for r in rounds]
+        left, expected = hole, []
+        for t in range(1, T + 1):    # at least one token a round while any is left, and none after the last
+            left = max(0, min(left - 1, math.floor(gamma(schedule, t / T).item() * hole + 1e-9)))
+            expected.append(left)
+        assert counts == expected and counts[-1] == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_reference_counts_progress_from_zero(schedule):
+    holes, T = (0, 1, 20, N), 6
+    rounds = decode(*rows(*holes), decoder="reference", total_iter=T, schedule=schedule)
+    for row, hole in enumerate(holes):
+        counts = [int(r.masked[row].sum()) for r in rounds]
+        assert counts == [math.ceil(gamma(schedule, t / T).item() * hole) for t in range(T)]
+        assert counts[0] == hole
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_ties_do_not_change_the_counts(decoder):
+    tokens, mask = rows(20, N)
+    flat = decode(tokens, mask, lambda t: torch.zeros(int((t == MASK).sum()), K), decoder=decoder, choice_temperature=0)
+    usual = decode(tokens, mask, decoder=decoder)
+    assert [r.masked.sum(1).tolist() for r in flat] == [r.masked.sum(1).tolist() for r in usual]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_sweet_spot_is_the_whole_run_cut_short(decoder):
+    tokens, mask = rows(5, 20, N)
+    whole, table = decode(tokens, mask, decoder=decoder, total_iter=6), Table()
+    for t in range(1, 7):
+        table.calls = 0
+        part = decode(tokens, mask, table, decoder=decoder, total_iter=6, sweet_spot=t)
+        assert len(part) == table.calls == t
+        assert all(same(a, b) for a, b in zip(part, whole, strict=False))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_batch_gives_what_single_rows_give(decoder):
+    tokens, mask = rows(0, 2, 20, N)
+    batch = decode(tokens, mask, decoder=decoder, total_iter=5, generators=seeds(4, 5, 6, 7))
+    for i, seed in enumerate((4, 5, 6, 7)):
+        single = decode(tokens[i : i + 1], mask[i : i + 1], decoder=decoder, total_iter=5, generators=seeds(seed))
+        assert all(same(a, Round(b.tokens[i : i + 1], b.masked[i : i + 1])) for a, b in zip(single, batch, strict=True))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_result_is_a_function_of_the_seeds(decoder):
+    tokens, mask = rows(N, N)
+    before = torch.get_rng_state()
+    first, again, other = (decode(tokens, mask, decoder=decoder, generators=seeds(*s)) for s in ((1, 2), (1, 2), (3, 4)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[-1].tokens, other[-1].tokens)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_arguments_are_not_written_to_and_hidden_tokens_not_read(decoder):
+    tokens, mask = rows(5, 20)
+    copies = tokens.clone(), mask.clone()
+    first = decode(tokens, mask, decoder=decoder)
+    assert torch.equal(tokens, copies[0]) and torch.equal(mask, copies[1])
+    other = decode(torch.where(mask, (tokens + 1) % K, tokens), mask, decoder=decoder)
+    assert all(same(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_nothing_to_fill_costs_nothing():
+    tokens, mask = rows(0, 0)
+    table = Table()
+    rounds = decode(tokens, mask, table, total_iter=3)
+    assert table.calls == 0 and all(torch.equal(r.tokens, tokens) for r in rounds)
+
+
+def test_every_round_is_reported():
+    seen = []
+    decode(*rows(0, 20), total_iter=5, sweet_spot=3, on_round=seen.append)
+    assert seen == [1, 2, 3]
+
+
+def test_half_precision_logits_are_ranked_in_float32():
+    tokens, mask = rows(20)
+    table = Table()
+    half = decode(tokens, mask, lambda t: table(t).bfloat16(), total_iter=4)
+    full = decode(tokens, mask, lambda t: table(t).bfloat16().float(), total_iter=4)
+    assert all(same(a, b) for a, b in zip(half, full, strict=True))
+
+
+# ---- the reference, written straight down ----
+
+
+def reference_row(tokens: list[int], hole: list[bool], table: Table, T: int, schedule: str, scale: float, generator):
+    """The reference's loop for one picture, step by step."""
+    masked, rounds = list(hole), []
+    for step in range(T):
+        ratio = step / T                                                                       # 1. progress from 0
+        given = torch.tensor([[MASK if m else t for t, m in zip(tokens, masked, strict=True)]])
+        probabilities = table.every(given)[0].softmax(-1)                                      # 2. predict
+        noise = torch.rand(2, N, generator=generator)[1]
+        confidence = []
+        for n in range(N):
+            if masked[n]:
+                tokens[n] = int(probabilities[n].argmax())                                     # 3. the likeliest token
+                gumbel = -(-noise[n].double().log()).log()
+                confidence.append(probabilities[n, tokens[n]].item() + scale * (1 - ratio) * gumbel.item())    # 4.
+            else:
+                confidence.append(math.inf)                                                    # 5. known ones last
+        left = math.ceil(gamma(schedule, ratio).item() * sum(hole))                            # 6. how many
+        worst = sorted(range(N), key=confidence.__getitem__)[:left]                            # 7. mask again
+        masked = [n in worst and math.isfinite(confidence[n]) for n in range(N)]
+        rounds.append((list(tokens), masked))
+    return rounds
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "square"])
+@pytest.mark.parametrize("total_iter", [1, 4, 10])
+def test_the_reference_decoder_follows_the_reference(schedule, total_iter):
+    tokens, mask = rows(3, 20, N)
+    ours = decode(tokens, mask, decoder="reference", schedule=schedule, total_iter=total_iter, choice_temperature=4.5)
+    for i in range(len(tokens)):
+        theirs = reference_row(tokens[i].tolist(), mask[i].tolist(), Table(), total_iter, schedule, 4.5, rng(i))
+        assert [(r.tokens[i].tolist(), r.masked[i].tolist()) for r in ours] == theirs
+
+
+# ---- sampling ----
+
+
+@pytest.mark.parametrize("decoder", ["maskgit", "halton"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_tokens_are_as_frequent_as_the_softmax_says(decoder, temperature):
+    draws = 10_000
+    logits = torch.randn(K, generator=rng(5))
+    logits[4] = -math.inf    # a code that can't occur
+    rounds = decode(
+        torch.zeros(1, draws, dtype=torch.long), torch.ones(1, draws, dtype=torch.bool), lambda t: logits.expand(draws, K),
+        decoder=decoder, total_iter=1, temperature=temperature,
+    )    # fmt: skip
+    counts = rounds[-1].tokens.flatten().bincount(minlength=K).double()
+    expected = (logits.double() / temperature).softmax(0) * draws
+    assert counts[4] == 0
+    possible = expected > 0
+    chi_square = ((counts - expected)[possible].square() / expected[possible]).sum().item()
+    freedom = int(possible.sum()) - 1    # mean and, halved, variance of the statistic
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_neighbours_are_sampled_independently():
+    draws = 10_000
+    rounds = decode(
+        torch.zeros(1, draws, dtype=torch.long), torch.ones(1, draws, dtype=torch.bool), lambda t: torch.zeros(draws, 2),
+        total_iter=1,
+    )    # fmt: skip
+    x = rounds[-1].tokens.flatten()
+    assert abs((x[1:] == x[:-1]).double().mean().item() - 0.5) < 4 * 0.5 / math.sqrt(draws)
+
+
+@pytest.mark.parametrize("decoder", ["maskgit", "halton"])
+def test_temperature_zero_takes_the_likeliest(decoder):
+    tokens, mask = rows(20, N)
+    table = Table()
+    rounds = decode(tokens, mask, table, decoder=decoder, total_iter=3, temperature=0)
+    masked = mask
+    for r in rounds:
+        expected = table.every(torch.where(masked, MASK, tokens)).argmax(-1)
+        assert torch.equal(r.tokens[masked], expected[masked])
+        tokens, masked = r.tokens, r.masked
+    near = decode(*rows(20, N), decoder=decoder, total_iter=3, temperature=1e-4, choice_temperature=0)
+    cold = decode(*rows(20, N), decoder=decoder, total_iter=3, temperature=0, choice_temperature=0)
+    assert torch.equal(near[-1].tokens, cold[-1].tokens)
+
+
+# ---- the order ----
+
+
+def test_without_noise_the_most_confident_are_kept():
+    tokens, mask = rows(20, N)
+    table = Table()
+    first = decode(tokens, mask, table, total_iter=4, choice_temperature=0)[0]
+    log_p = table.every(torch.where(mask, MASK, tokens)).log_softmax(-1).gather(2, first.tokens.unsqueeze(2)).squeeze(2)
+    for i in range(2):
+        kept = mask[i] & ~first.masked[i]
+        assert log_p[i][kept].min() >= log_p[i][first.masked[i]].max()
+
+
+@pytest.mark.parametrize("decoder", ["maskgit", "reference"])
+def test_noise_falls_over_the_rounds(decoder):
+    T, score, uniform = 8, torch.zeros(1, 1000), torch.rand(1, 1000, generator=rng())
+    spread = [_confidence(decoder, score, t, T, 4.5, uniform).std().item() for t in range(1, T + 1)]
+    assert spread == sorted(spread, reverse=True)
+    assert (spread[-1] == 0) == (decoder == "maskgit")    # exactly 0 in the last round; the reference never gets there
+    gumbel = math.pi / math.sqrt(6)                       # standard deviation of the Gumbel distribution
+    first = 4.5 * (1 - 1 / T) if decoder == "maskgit" else 4.5
+    assert spread[0] == pytest.approx(first * gumbel, rel=0.1)
+    score = torch.randn(1, 1000, generator=rng(1))
+    torch.testing.assert_close(_confidence("maskgit", score, T, T, 4.5, uniform), score, rtol=0, atol=0)
+
+
+def test_noise_is_finite_for_every_uniform_number():
+    edge = torch.tensor([[0.0, torch.finfo(torch.float32).tiny, 0.5, 1 - 2**-24]])
+    assert torch.isfinite(_confidence("maskgit", torch.zeros(1, 4), 1, 2, 4.5, edge)).all()
+
+
+def order_correlation(decoder: str) -> float:
+    """Rank correlation of confidence with the probability of the picked token, in the middle of 10 rounds."""
+    p = 10 ** (-4 * torch.rand(1, 5000, generator=rng()))    # as sampled from a codebook of some 1,000 codes
+    uniform = torch.rand(1, 5000, generator=rng(1))
+    score = p if decoder == "reference" else p.log()
+    ranks = torch.stack([p, _confidence(decoder, score, 5, 10, 4.5, uniform)]).argsort(-1).argsort(-1).double()
+    return torch.corrcoef(ranks.view(2, -1))[0, 1].item()
+
+
+def test_order_goes_by_confidence_more_than_the_reference_does():
+    # Probabilities differ by less than 1, log-probabilities by several: the same noise drowns the first only.
+    assert order_correlation("maskgit") > 0.5
+    assert abs(order_correlation("reference")) < 0.1
+
+
+def test_lowest_marks_by_rank():
+    x = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
+    marked = lowest(x, torch.tensor([2, 3, 0]))
+    assert marked.tolist() == [[False, True, False, True], [True, True, True, False], [False] * 4]
+    assert lowest(x, torch.tensor([4, 4, 4])).all()
+
+
+def test_radical_inverse_mirrors_digits():
+    n = torch.arange(7)
+    assert radical_inverse(n, 2).tolist() == [0, 1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8, 3 / 8]
+    torch.testing.assert_close(radical_inverse(n, 3) * 9, torch.tensor([0, 3, 6, 1, 4, 7, 2]).double())
+
+
+def quadrant_error(order: Tensor, side: int) -> int:
+    """Largest difference between the cells visited in two quadrants, over all beginnings of the order."""
+    places = order.argsort()
+    row, column = places // side, places % side
+    quadrant = (row >= side // 2).long() * 2 + (column >= side // 2).long()
+    visits = torch.nn.functional.one_hot(quadrant, 4).cumsum(0)
+    return int((visits.amax(1) - visits.amin(1)).max())
+
+
+@pytest.mark.parametrize("side", [1, 2, 6, 8, 16, 32])
+def test_halton_order_is_a_permutation(side):
+    order = halton_order(side * side)
+    assert torch.equal(order.sort().values, torch.arange(side * side))
+
+
+def test_halton_order_has_low_discrepancy():
+    side = 16
+    ours = quadrant_error(halton_order(side * side), side)
+    random = [quadrant_error(torch.randperm(side * side, generator=rng(s)), side) for s in range(20)]
+    assert ours < min(random)
+    places = halton_order(side * side).argsort()
+    points = torch.stack([places // side, places % side], dim=1).double()
+    steps = (points[1:64] - points[:63]).norm(dim=1)    # places filled one after the other are no neighbours
+    assert steps.min() > 2
+
+
+def test_halton_fills_the_hole_in_its_order():
+    tokens, mask = rows(20, N)
+    order = halton_order(N).expand(2, N)
+    for r in decode(tokens, mask, decoder="halton", total_iter=5)[:-1]:
+        for i in range(2):
+            kept = mask[i] & ~r.masked[i]
+            assert order[i][kept].max() < order[i][r.masked[i]].min()
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"decoder": "best"}, "unknown decoder 'best'; expected one of maskgit, halton, reference"),
+        ({"schedule": "cosin"}, "unknown mask schedule 'cosin'"),
+        ({"schedule": "cosin", "decoder": "reference"}, "unknown mask schedule 'cosin'"),
+        ({"total_iter": 0}, "total_iter must be at least 1, got 0"),
+        ({"total_iter": 5, "sweet_spot": 6}, r"sweet_spot must lie in 1..total_iter \(5\), got 6"),
+        ({"total_iter": 5, "sweet_spot": 0}, "sweet_spot must lie in 1..total_iter"),
+        ({"temperature": -1.0}, "temperature must be 0 or more, got -1"),
+        ({"temperature": math.nan}, "temperature must be 0 or more, got nan"),
+        ({"choice_temperature": math.inf}, "choice_temperature must be 0 or more, got inf"),
+        ({"generators": seeds(1)}, "2 rows need as many generators, got 1"),
+    ],
+)
+def test_senseless_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        decode(*rows(5, 20), **options)
+
+
+def test_senseless_tensors_are_refused():
+    tokens, mask = rows(5, 20)
+    for wrong in (mask[:1], mask.long(), mask[:, :5]):
+        with pytest.raises(ValueError, match="token_mask must be bool"):
+            decode(tokens, wrong)
+    with pytest.raises(ValueError, match="a row for each of 25 masked tokens, got 72"):
+        decode(tokens, mask, lambda t: torch.zeros(t.numel(), K))
+    with pytest.raises(ValueError, match="a square grid of tokens, got 35"):
+        halton_order(35)
+
+
+# ---- the engine: MaskGIT.complete ----
+
+
+@pytest.fixture(scope="module")
+def model() -> MaskGIT:
+    """A small random model: 32x32 pictures, 8x8 tokens."""
+    torch.manual_seed(0)
+    vqgan = dict(image_size=32, codebook_size=64, codebook_dim=4, encoder_width=16, encoder_depth=1,
+                 decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1])    # fmt: skip
+    transformer = dict(codebook_size=64, seq_len=64, embed_dim=32, depth=2, num_heads=2, mlp_dim=64,
+                       pre_norm=True, qk_norm=True, pixel_dim=64)    # fmt: skip
+    model = MaskGIT(vqgan, transformer).eval()
+    with torch.no_grad():
+        for parameter in model.transformer.parameters():
+            parameter.mul_(3)    # far from uniform predictions
+    return model
+
+
+def pictures(count: int) -> tuple[Tensor, Tensor]:
+    """Pictures in [-1, 1], each with a box of its own to be filled: row i has i + 1 tokens' height."""
+    image = torch.rand(count, 3, 32, 32, generator=rng()) * 2 - 1
+    mask = torch.zeros(count, 1, 32, 32)
+    for i in range(count):
+        mask[i, :, 4 : 8 + 4 * i, 5:27] = 1
+    return image, mask
+
+
+def test_logits_of_masked_tokens_are_those_of_a_whole_pass(model):
+    image, mask = pictures(4)
+    tokens, pixels = model.vqgan.encode(image), model.pixels_of(image, mask)
+    with torch.no_grad():
+        for share in (0.0, 0.01, 0.2, 0.9, 1.0):
+            x = torch.where(torch.rand(tokens.shape, generator=rng()) < share, model.mask_token_id, tokens)
+            expected = model.transformer(x, pixels)[x == model.mask_token_id]
+            assert torch.equal(model.masked_logits(x, pixels), expected)    # bit for bit
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_a_transformer_gives_logits_where_they_are_wanted(pre_norm):
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        codebook_size=K, seq_len=N, embed_dim=16, depth=2, num_heads=2, mlp_dim=32, pre_norm=pre_norm
+    )
+    transformer = BidirectionalTransformer(config).eval()
+    torch.nn.init.normal_(transformer.bias)
+    tokens, places = rows(9, 9)[0], torch.tensor([70, 0, 35, 36, 36])    # any order, twice too
+    expected = transformer(tokens).flatten(0, 1)[places]
+    torch.testing.assert_close(transformer(tokens, wanted=places), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_completions_of_a_batch_equal_single_ones(model, decoder):
+    image, mask = pictures(4)
+    options = dict(decoder=decoder, total_iter=4)
+    batch = model.complete(image, mask, [3, 1, 4, 1], **options)
+    for i, seed in enumerate([3, 1, 4, 1]):
+        single = model.complete(image[i : i + 1], mask[i : i + 1], [seed], **options)
+        for a, b in zip(single.rounds, batch.rounds, strict=True):
+            assert same(a, Round(b.tokens[i : i + 1], b.masked[i : i + 1]))
+        torch.testing.assert_close(single.images[0], batch.images[i], rtol=0, atol=1e-5)
+
+
+def test_what_the_hole_hides_is_not_looked_at(model):
+    image, mask = pictures(2)
+    clean = model.complete(image, mask, [0, 1], total_iter=3)
+    for hidden in (7.0, math.nan):
+        other = model.complete(image.masked_fill(mask.bool(), hidden), mask, [0, 1], total_iter=3)
+        assert torch.equal(other.images, clean.images)
+
+
+def test_precision_is_an_option(model):
+    image, mask = pictures(3)
+    seeds, options = range(3), dict(total_iter=1, temperature=0)
+    plain = model.complete(image, mask, seeds, **options)
+    single = model.complete(image, mask, seeds, precision="fp32", **options)
+    half = model.complete(image, mask, seeds, precision="bf16", **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = model.complete(image, mask, seeds, **options)
+        inside = model.complete(image, mask, seeds, precision="fp32", **options)
+    assert torch.equal(single.images, plain.images) and torch.equal(inside.images, plain.images)
+    assert torch.equal(around.images, half.images) and not torch.equal(half.images, plain.images)
+    assert half.images.dtype == torch.float32
+    assert (half.rounds[0].tokens == plain.rounds[0].tokens).float().mean() > 0.9
+    with pytest.raises(ValueError, match="precision must be 'fp32' or 'bf16', got 'fp16'"):
+        model.complete(image, mask, seeds, precision="fp16")
