@@ -9,43 +9,91 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+Restore = Callable[[Tensor, Tensor], Any]    # completed pixels, bool (1, H, W) which of them are new -> the user's kind
 
-def to_tensor(image: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+
+class View:
+    """One picture with its hole, as given and as the model sees it.
+
+    Args:
+        image, mask: see `to_tensor` and `to_mask`.
+        size: side of the model's pictures.
+    """
+
+    def __init__(self, image: Any, mask: Any, size: int) -> None:
+        self.pixels, self._restore = to_tensor(image)                                     # (3, H, W) uint8
+        self.hole = to_mask(mask, self.pixels.shape[-2:])                                 # (1, H, W) bool
+        self.small, self.small_hole = shrink(self.pixels, self.hole, size)                # (1, 3 or 1, size, size)
+
+    def restore(self, decoded: Tensor, paste: bool) -> Any:
+        """The model's (3, size, size) picture in [-1, 1], as a picture of the kind and size that was given."""
+        new = self.hole if paste else torch.ones_like(self.hole)
+        return self._restore(finish(decoded.cpu(), self.pixels, self.hole, paste), new)
+
+
+def to_tensor(image: Any) -> tuple[Tensor, Restore]:
     """Any picture to uint8 (3, H, W), and the way back to its own kind.
 
     Args:
-        image: PIL image; uint8 array (H, W, 3) or (H, W); tensor (3, H, W), uint8 or float in [0, 1].
+        image: PIL image of 8 bits a channel (becomes RGB, alpha is dropped); uint8 array (H, W, 3) or (H, W); tensor
+            (3, H, W), uint8 or float in [0, 1].
     """
     if isinstance(image, Image.Image):
-        return _from_array(np.asarray(image.convert("RGB"))), lambda x: Image.fromarray(_to_array(x))
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"an image must have 8 bits a channel, got PIL mode {image.mode!r}; scale it to 0..255")
+        return _from_array(np.asarray(image.convert("RGB"))), lambda x, new: Image.fromarray(_to_array(x))
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
             raise ValueError(f"an image array must be uint8 (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
         rgb = np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
-        return _from_array(rgb), _to_array
+        return _from_array(rgb), lambda x, new: _to_array(x)
     if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"an image tensor must be (3, H, W), got {tuple(image.shape)}")
-        if image.dtype == torch.uint8:
-            return image.cpu(), lambda x: x.to(image.device)
-        if not image.is_floating_point() or image.min() < 0 or image.max() > 1:
-            raise ValueError("an image tensor must be uint8, or floating point in [0, 1]")
-        pixels = (image.float().cpu() * 255).round().to(torch.uint8)
-        return pixels, lambda x: (x.float() / 255).to(image.device, image.dtype)
+        return _from_tensor(image.detach())
     raise ValueError(f"an image must be a PIL image, an array or a tensor, got {type(image).__name__}")
 
 
+def _from_tensor(image: Tensor) -> tuple[Tensor, Restore]:
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise ValueError(f"an image tensor must be (3, H, W), got {tuple(image.shape)}")
+    if image.dtype == torch.uint8:
+        return image.cpu(), lambda x, new: x.to(image.device)
+    if not image.is_floating_point():
+        raise ValueError(f"an image tensor must be uint8, or floating point in [0, 1], got {image.dtype}")
+    if not bool(((image >= 0) & (image <= 1)).all()):    # so written, it refuses NaN too
+        raise ValueError(f"a floating-point image tensor must lie in [0, 1], got values {_span(image)}")
+    pixels = (image.float().cpu() * 255).round().to(torch.uint8)
+
+    def restore(x: Tensor, new: Tensor) -> Tensor:
+        # Known pixels come back as they were given, not rounded to 256 levels.
+        return torch.where(new.to(image.device), (x.float() / 255).to(image.device, image.dtype), image)
+
+    return pixels, restore
+
+
 def to_mask(mask: Any, size: tuple[int, int]) -> Tensor:
-    """Any mask to bool (1, H, W), True = hole. `size` is the picture's (H, W), which the mask must have too."""
+    """Any mask to bool (1, H, W), True = hole.
+
+    Args:
+        mask: PIL image, array or tensor, (H, W) or (1, H, W). The hole is True, or 1, or white (128 and more of 255).
+            Mask *files* of this project have it the other way round: black.
+        size: the picture's (H, W), which the mask must have too.
+    """
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    hole = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask).cpu()
-    if hole.dtype == torch.uint8:
-        hole = hole >= 128
-    hole = (hole > 0.5 if hole.is_floating_point() else hole != 0).reshape(hole.shape[-2:] if hole.numel() else (0, 0))
-    if tuple(hole.shape) != tuple(size):
-        raise ValueError(f"the mask is {hole.shape[1]}x{hole.shape[0]}, the picture {size[1]}x{size[0]}; they must agree")
-    return hole.unsqueeze(0)
+        mask = np.asarray(mask if mask.mode == "1" else mask.convert("L"))
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
+        mask = torch.from_numpy(mask.astype(np.float32))
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"a mask must be a PIL image, an array or a tensor of numbers, got {type(mask).__name__}")
+    if tuple(mask.shape) not in (tuple(size), (1, *size)):
+        raise ValueError(f"the mask's shape is {tuple(mask.shape)}, the picture's (H, W) {tuple(size)}; they must agree")
+    gray = mask.detach().float().cpu().reshape(1, *size)
+    if not bool(((gray >= 0) & (gray <= 255)).all()):
+        raise ValueError(f"a mask holds False and True, 0 and 1, or 0 and 255; this one has values {_span(gray)}")
+    return gray > 0.5 if gray.max() <= 1 else gray >= 128
+
+
+def _span(values: Tensor) -> str:
+    return f"from {values.min().item():g} to {values.max().item():g}"
 
 
 def shrink(pixels: Tensor, hole: Tensor, size: int) -> tuple[Tensor, Tensor]:
