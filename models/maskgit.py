@@ -55,13 +55,6 @@ def check_whole_numbers(**values: int) -> None:
             raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
 
 
-def check_whole_numbers(**values: int) -> None:
-    for name, value in values.items():
-        least = 0 if name == "seed" else 1
-        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < 2**63:
-            raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
-
-
 class MaskGIT(
     nn.Module,
     PyTorchModelHubMixin,
