@@ -28,7 +28,8 @@ LIBRARIES = {
     "utils": set(),
 }
 SCRIPTS = {
-    "baselines", "benchmark", "demo", "evaluate", "inpainting", "sweep", "training_transformer", "training_vqgan",
+    "baselines", "benchmark", "demo", "evaluate", "export", "generate", "inpainting", "sweep", "training_finish",
+    "training_transformer", "training_vqgan",
 }    # fmt: skip
 LEAVES = {"models.attention", "models.autoencoder", "models.codebook", "models.schedule"}
 ONLY_IN_FUNCTIONS = {("data", "dataset_tools")}

@@ -1,0 +1,73 @@
+r"""Put the parts of a model into one file to share: half precision, config and notes in its metadata.
+
+    python export.py --transformer runs/maskgit/best.pt \
+        --vqgan runs/finish/maskgit.safetensors --output out/cat.safetensors
+
+`--transformer` is a stage-2 checkpoint (its averaged weights are taken). `--vqgan` replaces the VQGAN inside it by a better
+one for the same tokens: a stage-1 checkpoint or a model file, e.g. of training_finish.py.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import utils
+from models.maskgit import MaskGIT
+from models.transformer import TransformerConfig
+from models.vqgan import VQGANConfig
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transformer", required=True, help="stage-2 checkpoint (last.pt or best.pt)")
+    parser.add_argument("--vqgan", help="stage-1 checkpoint or .safetensors model with a better decoder for the same tokens")
+    parser.add_argument("--output", required=True, help="the .safetensors file to write")
+    parser.add_argument("--note", action="append", default=[], metavar="KEY=VALUE", help="goes into the file's metadata")
+    return parser.parse_args(argv)
+
+
+def vqgan_weights(path: str) -> dict[str, torch.Tensor]:
+    """The (averaged) VQGAN weights of a stage-1 checkpoint or of a model file."""
+    if path.endswith(".safetensors"):
+        try:
+            return MaskGIT.from_file(path).vqgan.state_dict()
+        except ValueError as error:
+            raise utils.UserError(str(error)) from error
+    return utils.load_checkpoint(path, "vqgan-training")["ema"]
+
+
+def assemble(transformer: str, vqgan: str | None) -> MaskGIT:
+    """The whole model of a stage-2 checkpoint, with another VQGAN's decoder if asked for."""
+    state = utils.load_checkpoint(transformer, "transformer-training")
+    model = MaskGIT(VQGANConfig(**state["config"]["vqgan"]), TransformerConfig(**state["config"]["transformer"]))
+    model.transformer.load_state_dict(state["ema"])
+    weights = dict(state["vqgan"])
+    if vqgan:
+        better = vqgan_weights(vqgan)
+        for name, value in weights.items():
+            if name not in better or better[name].shape != value.shape:
+                raise utils.UserError(f"--vqgan {vqgan} has another architecture than {transformer} ({name})")
+            if not name.startswith("decoder.") and not torch.equal(better[name].half(), value.half()):
+                raise utils.UserError(f"--vqgan {vqgan} makes other tokens than {transformer} was trained on ({name})")
+        weights |= {name: value for name, value in better.items() if name.startswith("decoder.")}
+    model.vqgan.load_state_dict(weights)
+    return model.eval()
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    notes = dict(note.partition("=")[::2] for note in args.note)
+    if not args.output.endswith(".safetensors"):
+        raise utils.UserError(f"--output must end in .safetensors, got {args.output}")
+    if "" in notes or set(notes) & {"format", "library", "config"}:
+        raise utils.UserError("--note must be KEY=VALUE with a key other than format, library and config")
+    model = assemble(args.transformer, args.vqgan)
+    utils.writable_folder(Path(args.output).parent)
+    model.save_file(args.output, **notes)
+    print(f"wrote {args.output} ({Path(args.output).stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)

@@ -1,0 +1,112 @@
+"""The steps after stage 2: finish the decoder, put the parts into one file, make pictures from nothing."""
+
+import pytest
+import torch
+
+import export
+import generate
+import training_finish
+import training_transformer
+import training_vqgan
+import utils
+from data import read_image, read_mask, write_image
+from models.maskgit import MaskGIT
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Both stages and the finish, trained for a few steps on made-up pictures."""
+    folder = tmp_path_factory.mktemp("runs")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(16):
+        small = torch.randint(0, 256, (1, 3, 4, 4), generator=generator).float()
+        big = torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear")[0]
+        write_image(folder / "pictures" / f"{i}.png", big.to(torch.uint8))
+    from safetensors.torch import save_file
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    save_file(squeezenet1_1(weights=None).features.state_dict(), folder / "features.safetensors")
+    common = ["--config", "configs/tiny.yml", "--train-dir", folder / "pictures", "--val-dir", folder / "pictures"]
+    common += ["--epochs", "2", "--device", "cpu"]
+    weights = ["--perceptual-weights", folder / "features.safetensors"]
+    run(training_vqgan, *common, *weights, "--output-dir", folder / "vqgan")
+    vqgan = ["--vqgan", folder / "vqgan/last.pt"]
+    run(training_transformer, *common, *vqgan, "--output-dir", folder / "maskgit")
+    model = ["--model", folder / "maskgit/maskgit.safetensors"]
+    run(training_finish, *common, *vqgan, *model, *weights, "--output-dir", folder / "finish")
+    return folder
+
+
+def run(script, *argv) -> None:
+    assert script.main([str(a) for a in argv]) == 0
+
+
+def refused(script, *argv) -> str:
+    with pytest.raises(utils.UserError) as error:
+        script.main([str(a) for a in argv])
+    return str(error.value)
+
+
+def test_the_finish_changes_the_decoder_alone(runs):
+    before = MaskGIT.from_file(runs / "maskgit/maskgit.safetensors").state_dict()
+    after = MaskGIT.from_file(runs / "finish/maskgit.safetensors").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("vqgan.decoder.") for name in changed)
+
+
+def test_the_finish_resumes_where_it_stopped(runs, tmp_path):
+    argv = ["--config", "configs/tiny.yml", "--train-dir", runs / "pictures", "--val-dir", runs / "pictures"]
+    argv += ["--device", "cpu"]
+    argv += ["--vqgan", runs / "vqgan/last.pt", "--model", runs / "maskgit/maskgit.safetensors", "--epochs", "4"]
+    argv += ["--perceptual-weights", runs / "features.safetensors"]
+    run(training_finish, *argv, "--output-dir", tmp_path / "whole")
+    whole = utils.load_checkpoint(tmp_path / "whole/last.pt", training_finish.KIND)
+    previous = tmp_path / "whole/previous.pt"    # written every 2 steps: the state after step 2 of 4
+    assert utils.load_checkpoint(previous, training_finish.KIND)["step"] == 2
+    run(training_finish, *argv, "--output-dir", tmp_path / "again", "--resume", previous)
+    again = utils.load_checkpoint(tmp_path / "again/last.pt", training_finish.KIND)
+    for part in ("decoder", "ema", "discriminator"):
+        assert all(torch.equal(whole[part][name], again[part][name]) for name in whole[part])
+
+
+def test_export_takes_the_transformer_of_one_and_the_decoder_of_the_other(runs, tmp_path):
+    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
+    run(export, *argv, "--output", tmp_path / "model.safetensors", "--note", "seed=0")
+    model = MaskGIT.from_file(tmp_path / "model.safetensors")
+    ema = utils.load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
+    finished = MaskGIT.from_file(runs / "finish/maskgit.safetensors").vqgan.state_dict()
+    for name, value in model.transformer.state_dict().items():
+        assert torch.equal(value.half(), ema[name].half())
+    for name, value in model.vqgan.state_dict().items():
+        assert torch.equal(value.half(), finished[name].half())
+
+
+def test_export_refuses_a_vqgan_of_other_tokens(runs, tmp_path):
+    other = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    other.vqgan.codebook.embedding.weight.data[0] += 1
+    other.save_file(tmp_path / "other.safetensors")
+    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", tmp_path / "other.safetensors"]
+    assert "other tokens" in refused(export, *argv, "--output", tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_generate_depends_on_the_seed_alone(runs, tmp_path):
+    checkpoint = ["--checkpoint", runs / "maskgit/maskgit.safetensors", "--device", "cpu", "--total-iter", "3"]
+    run(generate, *checkpoint, "--output", tmp_path / "a", "--count", "5", "--batch-size", "2", "--holes")
+    run(generate, *checkpoint, "--output", tmp_path / "b", "--seeds", "3", "1")
+    made = {p.stem: read_image(p) for p in (tmp_path / "a/images").iterdir()}
+    assert sorted(made) == [f"cat_{i:05d}" for i in range(5)]
+    assert not torch.equal(made["cat_00000"], made["cat_00001"])
+    for seed in (3, 1):
+        assert torch.equal(made[f"cat_{seed:05d}"], read_image(tmp_path / f"b/images/cat_{seed:05d}.png"))
+        hole = read_mask(tmp_path / f"a/masks/cat_{seed:05d}.png")
+        assert hole.any() and not hole.all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"), [(["--count", "0"], "--count"), (["--checkpoint", "none.safetensors"], "not found")]
+)
+def test_generate_refuses_in_a_sentence(runs, tmp_path, flags, word):
+    argv = ["--checkpoint", runs / "maskgit/maskgit.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
+    assert word in refused(generate, *argv, *flags)
