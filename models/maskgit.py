@@ -139,16 +139,21 @@ class MaskGIT(
         if precision is not None:
             with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 return self.complete(image, mask, seeds, **options)
+        rounds = self.complete_tokens(image, mask, seeds, **options)
+        return Completion(self.decode(rounds[-1].tokens, image, mask), rounds)
+
+    @torch.no_grad()
+    def complete_tokens(self, image: Tensor, mask: Tensor, seeds: Sequence[int], **options: Any) -> list[Round]:
+        """The rounds of `complete` without the pictures; any of them can be decoded later."""
         mask = mask.to(image.dtype)
         image = image.masked_fill(mask.bool(), 0)                           # nothing behind the hole gets any further
         token_mask = pixel_to_token_mask(mask, self.vqgan.config.stride)    # (B, N)
         tokens = self.vqgan.encode(image)                                   # (B, N)
         pixels = self.pixels_of(image, mask)
-        rounds = iterative_decode(
+        return iterative_decode(
             tokens, token_mask, lambda t: self.masked_logits(t, pixels),
             mask_token_id=self.mask_token_id, generators=[torch.Generator().manual_seed(int(s)) for s in seeds], **options,
         )    # fmt: skip
-        return Completion(self.decode(rounds[-1].tokens, image, mask), rounds)
 
     def masked_logits(self, tokens: Tensor, pixels: Tensor | None = None) -> Tensor:
         """Logits (M, K) of the tokens that are the mask token, row by row; see `BidirectionalTransformer.forward`.
