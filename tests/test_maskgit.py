@@ -1,0 +1,153 @@
+"""Both stages together: masks, the transformer's two inputs, the frozen VQGAN, what training hides."""
+
+import pytest
+import torch
+
+from data import random_holes
+from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask
+from models.transformer import TransformerConfig
+from models.vqgan import VQGANConfig
+from training_transformer import TrainTransformerConfig, draw_masks
+
+
+def tiny(**transformer) -> MaskGIT:
+    torch.manual_seed(0)
+    vqgan = VQGANConfig(
+        image_size=16, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
+        decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1],
+    )    # fmt: skip
+    settings = {"pixel_dim": 64, "pre_norm": True, "qk_norm": True, "dropout": 0.0, "attention_dropout": 0.0} | transformer
+    base = {"codebook_size": 32, "seq_len": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32}
+    return MaskGIT(vqgan, TransformerConfig(**base | settings))
+
+
+def holes(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
+    return random_holes(count, size, torch.Generator().manual_seed(seed))
+
+
+def test_one_hole_pixel_masks_its_token_and_no_other():
+    for y, x in ((0, 0), (3, 4), (15, 15), (7, 8)):
+        mask = torch.zeros(1, 1, 16, 16)
+        mask[0, 0, y, x] = 1
+        assert pixel_to_token_mask(mask, 4).nonzero().tolist() == [[0, y // 4 * 4 + x // 4]]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_token_mask_is_any_hole_pixel_of_the_patch(stride):
+    mask = holes(6)
+    patches = mask.unfold(2, stride, stride).unfold(3, stride, stride).flatten(4).any(-1).flatten(1)
+    assert torch.equal(pixel_to_token_mask(mask, stride), patches)
+
+
+def test_patch_pixels_holds_each_patch_and_nothing_of_the_hole():
+    image, mask = torch.rand(2, 3, 16, 16) + 1, holes(2)    # no pixel is 0
+    got = patch_pixels(image, mask, 4).view(2, 4, 4, 4, 16)    # (B, h, w, RGB + hole, 16)
+    for i, j in ((0, 0), (1, 3), (2, 2)):
+        known = image[..., 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+        hole = mask[..., 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+        assert torch.equal(got[:, i, j, :3], (known * ~hole).flatten(2))
+        assert torch.equal(got[:, i, j, 3], hole.float().flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"codebook_size": 31}, "codebook_size"), ({"seq_len": 15}, "seq_len"), ({"pixel_dim": 63}, "pixel_dim")],
+)
+def test_configs_that_do_not_fit_together_are_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        tiny(**change)
+
+
+def test_the_vqgan_is_frozen_and_stays_in_evaluation_mode():
+    model = tiny().train()
+    assert model.transformer.training and not any(m.training for m in model.vqgan.modules())
+    assert not any(p.requires_grad for p in model.vqgan.parameters())
+    assert all(p.requires_grad for p in model.transformer.parameters())
+    before = {name: value.clone() for name, value in model.vqgan.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(torch.randint(0, 32, (2, 16)), torch.rand(2, 16) < 0.5, torch.rand(2, 16, 64)).mean().backward()
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.vqgan.state_dict().items())
+    assert all(p.grad is not None for name, p in model.transformer.named_parameters())
+
+
+def test_the_loss_is_the_cross_entropy_of_the_hidden_tokens():
+    model = tiny().eval()
+    tokens, masked, pixels = torch.randint(0, 32, (3, 16)), torch.rand(3, 16) < 0.5, torch.rand(3, 16, 64)
+    log_p = model.transformer(torch.where(masked, 32, tokens), pixels).log_softmax(-1)
+    expected = torch.stack([-log_p[b, n, tokens[b, n]] for b, n in masked.nonzero().tolist()])
+    torch.testing.assert_close(model(tokens, masked, pixels), expected)
+
+
+def test_hidden_tokens_have_no_influence_on_the_loss_of_others():
+    model = tiny().eval()
+    tokens, masked, pixels = torch.randint(0, 32, (1, 16)), torch.rand(1, 16) < 0.7, torch.rand(1, 16, 64)
+    other = torch.where(masked, (tokens + 5) % 32, tokens)
+    hidden = masked.clone()
+    hidden[0, masked[0].nonzero()[0]] = False
+    first = model.transformer(torch.where(masked, 32, tokens), pixels)
+    assert torch.equal(first, model.transformer(torch.where(masked, 32, other), pixels))
+    assert not torch.equal(first, model.transformer(torch.where(hidden, 32, other), pixels))
+
+
+def test_logits_at_masked_places_are_those_of_the_whole():
+    model = tiny().eval()
+    tokens, pixels = torch.randint(0, 33, (3, 16)), torch.rand(3, 16, 64)
+    whole = model.transformer(tokens, pixels)[tokens == 32]
+    torch.testing.assert_close(model.masked_logits(tokens, pixels), whole)
+
+
+def test_tokens_of_visible_places_are_those_of_the_clean_picture():
+    model, mask = tiny().eval(), holes(8)
+    image = torch.rand(8, 3, 16, 16) * 2 - 1
+    inside = pixel_to_token_mask(mask, 4)
+    last = model.complete(image, mask, range(8), total_iter=3).rounds[-1]
+    assert torch.equal(last.tokens[~inside], model.vqgan.encode(image)[~inside])
+    assert not last.masked.any() and (last.tokens < 32).all()
+
+
+def test_a_picture_of_a_batch_is_what_it_is_alone():
+    model, mask = tiny().eval(), holes(5)
+    image = torch.rand(5, 3, 16, 16) * 2 - 1
+    together = model.complete(image, mask, range(5), total_iter=4)
+    for i in range(5):
+        alone = model.complete(image[i : i + 1], mask[i : i + 1], [i], total_iter=4)
+        assert torch.equal(together.rounds[-1].tokens[i], alone.rounds[-1].tokens[0])
+        torch.testing.assert_close(together.images[i], alone.images[0], rtol=0, atol=1e-5)
+
+
+# ---- what training hides ----
+
+
+def masks(**shares):
+    config = TrainTransformerConfig(**shares)
+    drawn, masked = draw_masks(400, 16, 4, config, torch.Generator().manual_seed(1))
+    return drawn, masked, pixel_to_token_mask(drawn, 4)
+
+
+@pytest.mark.parametrize("shares", [{}, {"hole_share": 0.0, "full_share": 0.0}, {"hole_share": 0.0, "full_share": 1.0}])
+def test_hidden_tokens_lie_inside_the_hole_and_are_never_none(shares):
+    _, masked, inside = masks(**shares)
+    assert (masked & ~inside).sum() == 0 and masked.any(1).all()
+
+
+def test_the_reference_hides_a_uniform_number_of_tokens_anywhere():
+    drawn, masked, inside = masks(hole_share=0.0, full_share=0.0)
+    assert torch.equal(masked, inside)    # hidden tokens show no pixel either, and nothing else is a hole
+    assert torch.equal(drawn, masked.view(-1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3))
+    counts = torch.bincount(masked.sum(1), minlength=17)
+    assert counts[0] == 0 and (counts[1:] > 5).all()    # 25 each on average
+    assert (masked.float().mean(0) - 17 / 32).abs().max() < 0.08    # every place alike
+
+
+def test_an_unknown_picture_hides_a_share_gamma_of_its_tokens():
+    drawn, masked, _ = masks(hole_share=0.0, full_share=1.0, mask_schedule="linear")
+    assert drawn.all()
+    # gamma(r) = 1 - r with r uniform: ceil(share * 16) is uniform on 1..16
+    counts = torch.bincount(masked.sum(1), minlength=17)
+    assert counts[0] == 0 and (counts[1:] > 5).all()
+
+
+def test_masks_are_a_function_of_the_generator():
+    first, again = masks(), masks()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
