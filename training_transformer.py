@@ -1,32 +1,35 @@
 """Train the masked-token transformer (stage 2) on the tokens of a frozen VQGAN.
 
-CPU, one minute:  python training_transformer.py --config configs/tiny.yml --vqgan runs/vqgan/last.pt --train-dir PICTURES --val-dir PICTURES --output-dir runs/maskgit
-One GPU:          python training_transformer.py --config configs/cat64.yml --vqgan runs/vqgan/last.pt --train-dir PICTURES --val-dir PICTURES --output-dir runs/maskgit
-Several GPUs:     accelerate launch training_transformer.py ...   (the same flags; the batch is split over the processes)
+    python training_transformer.py --config configs/tiny.yml --vqgan runs/vqgan/last.pt \\
+        --train-dir PICTURES --val-dir PICTURES --output-dir runs/maskgit
 
-Masked visual token modelling (Chang et al. 2022, section 3.1): hide some tokens, predict them, cross-entropy. The training
-set is encoded once, with its mirror images; no encoder runs while the transformer learns. Which tokens are hidden: see
-`draw_masks`. The finished model, both stages in one file, is OUTPUT/maskgit.safetensors.
+configs/tiny.yml takes a minute on a CPU; configs/cat64.yml is for a GPU. Several GPUs: accelerate launch
+training_transformer.py ... with the same flags, the batch is split over the processes. Again after a kill, a full disk or a
+stop: the same command with --resume auto. More in docs/training.md.
+
+Masked visual token modelling (Chang et al. 2022, section 3.1): hide tokens, predict them, cross-entropy. The set is
+encoded once, with its mirror images, into a cache on disk (`token_cache.py`); no encoder runs while the transformer
+learns. Which tokens are hidden: see `draw_masks`. The finished model, both stages in one file, is
+OUTPUT/maskgit.safetensors, which `inpainting.py --checkpoint` takes.
 """
 
 import argparse
 import copy
-import json
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.utils import save_image
-from tqdm import tqdm
 
+import token_cache
+import training
 import utils
 from data import load_folder, random_holes, to_float
 from models.decoding import lowest
-from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask
+from models.maskgit import MaskGIT, pixel_to_token_mask
 from models.schedule import SCHEDULES, gamma
 from models.transformer import TransformerConfig
 from models.vqgan import VQGAN, VQGANConfig
@@ -65,6 +68,9 @@ class TrainTransformerConfig:
         for name in ("hole_share", "full_share", "ema_decay", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("warmup_steps", "plateau_patience", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.hole_share + self.full_share > 1 + 1e-9:
             raise ValueError(f"hole_share + full_share must not exceed 1, got {self.hole_share + self.full_share}")
         if self.precision not in ("bf16", "fp32"):
@@ -72,17 +78,10 @@ class TrainTransformerConfig:
         if self.rate_schedule not in ("cosine", "plateau"):
             raise ValueError(f"rate_schedule must be cosine or plateau, got {self.rate_schedule!r}")
         if self.mask_schedule not in SCHEDULES:
-            raise ValueError(f"unknown mask_schedule {self.mask_schedule!r}; expected one of {', '.join(SCHEDULES)}")
-        if self.learning_rate <= 0 or self.grad_clip <= 0:
-            raise ValueError("learning_rate and grad_clip must be above 0")
-
-
-@dataclass
-class TokenSet:
-    """Pictures and their tokens."""
-
-    images: Tensor    # (M, 3, H, W) uint8
-    tokens: Tensor    # (M, 2, N) int16: as is, mirrored
+            raise ValueError(f"mask_schedule must be one of {', '.join(SCHEDULES)}, got {self.mask_schedule!r}")
+        for name in ("learning_rate", "grad_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 @dataclass
@@ -95,25 +94,52 @@ class Run:
     ema: MaskGIT
     optimizer: torch.optim.Optimizer
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
-    total_steps: int
+    data: token_cache.TokenCache
 
     @property
     def plain(self) -> MaskGIT:
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def per_epoch(self) -> int:
+        return len(self.data) // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * self.per_epoch
+
 
 @torch.no_grad()
-def encode_all(vqgan: VQGAN, images: Tensor, device: torch.device, batch_size: int = 128) -> Tensor:
-    """Tokens of every picture and of its mirror image: (M, 2, N) int16."""
+def encode(vqgan: VQGAN, images: Tensor, device: torch.device, batch_size: int = 128) -> Tensor:
+    """Tokens of pictures (M, 3, H, W) uint8 and of their mirror images: (M, 2, N)."""
     rows = []
-    for start in tqdm(range(0, len(images), batch_size), desc="encoding", unit="batch", disable=None):
-        image = to_float(images[start : start + batch_size].to(device))                      # (B, 3, H, W)
-        both = [vqgan.encode(x).to(torch.int16).cpu() for x in (image, image.flip(3))]
-        rows.append(torch.stack(both, dim=1))                                                # (B, 2, N)
+    for part in images.split(batch_size):
+        image = to_float(part.to(device))                                                    # (B, 3, H, W)
+        rows.append(torch.stack([vqgan.encode(x).cpu() for x in (image, image.flip(3))], 1))    # (B, 2, N)
     return torch.cat(rows)
 
 
-def draw_masks(count: int, size: int, stride: int, c: TrainTransformerConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def open_tokens(args: argparse.Namespace, vqgan: VQGAN, pixels: bool, accelerator: Accelerator) -> token_cache.TokenCache:
+    """The training set's tokens, read from --token-cache; what is not there is made first, by all processes together."""
+    folder, c = Path(args.token_cache or Path(args.output_dir) / "tokens"), vqgan.config
+    if c.codebook_size > 65536:
+        raise utils.UserError(f"config vqgan.codebook_size ({c.codebook_size}) must be at most 65536, for tokens of 16 bits")
+    pieces = token_cache.list_pieces(args.train_dir)
+    weights = [*vqgan.encoder.state_dict().values(), vqgan.codebook.codes()]
+    about = {
+        "tokenizer": utils.fingerprint(c.encoder, c.image_size, c.stride, *weights),
+        "pictures": token_cache.fingerprint_pictures(pieces), "pixels": pixels, "bad_images": args.bad_images,
+    }    # fmt: skip
+    training.on_main(accelerator, lambda: token_cache.check_about(folder, about))
+    mine = pieces[accelerator.process_index :: accelerator.num_processes]
+    token_cache.build(folder, mine, lambda x: encode(vqgan, x, accelerator.device), c.image_size, pixels, args.bad_images)
+    accelerator.wait_for_everyone()
+    return token_cache.TokenCache(folder, pieces, c.grid**2, c.image_size, pixels)
+
+
+def draw_masks(
+    count: int, size: int, stride: int, c: TrainTransformerConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Holes and hidden tokens of a batch.
 
     Three kinds of pictures: with a hole like those to be completed; wholly unknown; and with tokens missing here and there,
@@ -141,79 +167,96 @@ def draw_masks(count: int, size: int, stride: int, c: TrainTransformerConfig, ge
     return holes, lowest(order, hidden)
 
 
-def draw_batch(data: TokenSet, step: int, stride: int, c: TrainTransformerConfig) -> tuple[Tensor, ...]:
-    """The batch of one optimizer step, a function of (seed, step) alone.
+def draw_batch(run: Run, step: int) -> tuple[Tensor | None, ...]:
+    """This process's part of the batch of one optimizer step; that of all processes is a function of (seed, step) alone.
 
-    Returns images (B, 3, H, W) in [-1, 1], holes (B, 1, H, W), tokens (B, N), masked (B, N).
+    Returns pixels (b, N, pixel_dim) or None, tokens (b, N), masked (b, N), and the number of hidden tokens in the whole
+    batch; b = B / processes.
     """
-    epoch, k = divmod(step, len(data.images) // c.batch_size)
-    chosen = utils.epoch_order(len(data.images), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
+    c, vqgan = run.config, run.ema.vqgan.config
+    mine = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
+    epoch, k = divmod(step, run.per_epoch)
+    chosen = utils.epoch_order(len(run.data), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
     generator = utils.seeded(c.seed, "transformer batch", step)
-    mirrored = (torch.rand(len(chosen), generator=generator) < 0.5) & c.mirror
-    image = to_float(data.images[chosen])                                                    # (B, 3, H, W)
-    image = torch.where(mirrored.view(-1, 1, 1, 1), image.flip(3), image)
-    tokens = data.tokens[chosen, mirrored.long()].long()                                     # (B, N)
-    holes, masked = draw_masks(len(chosen), image.shape[-1], stride, c, generator)
-    return image, holes, tokens, masked
+    mirrored = (torch.rand(len(chosen), generator=generator) < 0.5) & c.mirror               # (B,)
+    holes, masked = draw_masks(len(chosen), vqgan.image_size, vqgan.stride, c, generator)    # (B, 1, H, W), (B, N)
+    tokens, image = run.data.rows(chosen[mine], mirrored[mine])                              # (b, N), (b, 3, H, W)
+    pixels = None
+    if image is not None:
+        image = torch.where(mirrored[mine].view(-1, 1, 1, 1), image.flip(3), image)
+        pixels = run.ema.pixels_of(to_float(image), holes[mine])                             # (b, N, 4 stride^2)
+    return pixels, tokens, masked[mine], masked.sum()
 
 
-def train_step(run: Run, data: TokenSet, step: int) -> dict[str, float]:
-    """One optimizer step: mean cross-entropy over all hidden tokens of the global batch, however it is split."""
+def train_step(
+    run: Run, step: int, pixels: Tensor | None, tokens: Tensor, masked: Tensor, total: Tensor
+) -> dict[str, float]:
+    """One optimizer step: mean cross-entropy over all hidden tokens of the whole batch, however it is split.
+
+    Raises:
+        NotFinite: loss or gradient is not finite; nothing has been changed.
+    """
     c, accelerator = run.config, run.accelerator
-    stride = run.plain.vqgan.config.stride
     if c.rate_schedule == "cosine":
         utils.set_rate(run.optimizer, utils.cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps))
-    image, holes, tokens, masked = draw_batch(data, step, stride, c)
-    total = masked.sum().item()    # every process draws the whole batch, so the global mean needs no communication
-    processes = accelerator.num_processes
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for micro in range(c.accum_grad):
-        mine = slice(micro * processes + accelerator.process_index, None, processes * c.accum_grad)
-        x, hole, z, m = (part[mine].to(accelerator.device) for part in (image, holes, tokens, masked))
-        pixels = run.plain.pixels_of(x, hole)
-        with accelerator.autocast():
-            losses = run.model(z, m, pixels, c.label_smoothing)                              # (M,)
-        loss = losses.sum() / total * processes
-        utils.check_finite(loss, "loss")
-        accelerator.backward(loss)
-        loss_sum += loss.detach()
-    norm = accelerator.clip_grad_norm_(run.plain.transformer.parameters(), c.grad_clip)
-    utils.check_finite(norm, "gradient")
-    run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=accelerator.device)
+    for micro in range(c.accum_grad):
+        part = slice(micro, None, c.accum_grad)
+        with training.local_gradients(accelerator, micro < c.accum_grad - 1, run.model):
+            with accelerator.autocast():
+                x = None if pixels is None else pixels[part]
+                losses = run.model(tokens[part], masked[part], x, c.label_smoothing)         # (M,)
+            # Gradients are averaged over processes, each of which holds a share of the hidden tokens.
+            mean = losses.sum() / total * accelerator.num_processes
+            accelerator.backward(mean)
+        loss += mean.detach()
+    norm = accelerator.clip_grad_norm_(run.plain.transformer.parameters(), c.grad_clip)
+    values = utils.average_over_processes({"loss": loss, "gradient_norm": norm}, accelerator)
+    training.check_all_finite(values, step)
+    run.optimizer.step()
     utils.update_ema(run.ema.transformer, run.plain.transformer, utils.ema_decay_at(step, c.ema_decay))
-    values = utils.average_over_processes({"loss": loss_sum.item(), "gradient_norm": norm.item()}, accelerator)
     return values | {"learning_rate": run.optimizer.param_groups[0]["lr"]}
 
 
 @torch.no_grad()
-def validate(run: Run, data: TokenSet) -> dict[str, float]:
-    """Cross-entropy and accuracy of the averaged model on fixed pictures with fixed masks."""
-    c, device = run.config, run.accelerator.device
-    stride, size = run.ema.vqgan.config.stride, data.images.shape[-1]
-    holes, masked = draw_masks(len(data.images), size, stride, c, utils.seeded(c.seed, "validation masks"))
-    loss = hits = 0.0
-    for start in range(0, len(masked), c.batch_size):
-        part = slice(start, start + c.batch_size)
-        x, hole, m = to_float(data.images[part]).to(device), holes[part].to(device), masked[part].to(device)
-        z = data.tokens[part, 0].long().to(device)
-        with run.accelerator.autocast():
-            logits = run.ema.transformer(torch.where(m, run.ema.mask_token_id, z), run.ema.pixels_of(x, hole))
+def validate(run: Run, images: Tensor, tokens: Tensor) -> dict[str, float]:
+    """Cross-entropy and accuracy of the averaged model on fixed pictures with fixed masks; every process takes a share."""
+    c, accelerator, model = run.config, run.accelerator, run.ema
+    generator = utils.seeded(c.seed, "validation masks")
+    holes, masked = draw_masks(len(images), model.image_size, model.vqgan.config.stride, c, generator)
+    zero = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    sums = {"val_loss": zero.clone(), "val_accuracy": zero.clone()}
+    for image, hole, z, m in training.share(accelerator, images, holes, tokens, masked, batch_size=c.batch_size):
+        with accelerator.autocast():
+            logits = model.transformer(torch.where(m, model.mask_token_id, z), model.pixels_of(to_float(image), hole))
         logits = logits[m].float()                                                           # (M, K)
-        loss += nn.functional.cross_entropy(logits, z[m], reduction="sum").item()
-        hits += (logits.argmax(1) == z[m]).sum().item()
-    return {"val_loss": loss / masked.sum().item(), "val_accuracy": hits / masked.sum().item()}
+        sums["val_loss"] += nn.functional.cross_entropy(logits, z[m], reduction="sum")
+        sums["val_accuracy"] += (logits.argmax(1) == z[m]).sum()
+    share = accelerator.num_processes / masked.sum().item()
+    return utils.average_over_processes({name: value * share for name, value in sums.items()}, accelerator)
 
 
+@torch.no_grad()
 def write_completions(run: Run, images: Tensor, path: Path) -> None:
-    """A grid of validation pictures: as they are, with their holes, completed; last row: made from nothing."""
+    """A grid of 12 validation pictures: as they are, with their holes, completed; last row: made from nothing."""
     image = to_float(images[:12]).to(run.accelerator.device)
     hole = random_holes(len(image), image.shape[-1], utils.seeded(run.config.seed, "sample holes")).to(image.device)
     with run.accelerator.autocast():
         done = run.ema.complete(image, hole, range(len(image))).images
         made = run.ema.complete(image, torch.ones_like(hole), range(len(image)), total_iter=16).images
     rows = [image, image.masked_fill(hole, 0), torch.where(hole, done, image), made]
-    save_image(torch.cat(rows).cpu(), path, nrow=len(image), value_range=(-1, 1), normalize=True)
+    with utils.atomic_write(path) as temporary:
+        save_image(torch.cat(rows).cpu(), temporary, format="png", nrow=len(image), value_range=(-1, 1), normalize=True)
+
+
+def export(run: Run, path: Path, step: int) -> None:
+    """The averaged model, both stages in one file."""
+    with utils.atomic_write(path) as temporary:
+        try:
+            run.ema.save_file(temporary, steps=str(step))
+        except SafetensorError as error:    # what safetensors makes of a full disk
+            raise OSError(None, str(error)) from error
 
 
 def load_vqgan(path: str) -> VQGAN:
@@ -224,35 +267,38 @@ def load_vqgan(path: str) -> VQGAN:
         except ValueError as error:
             raise utils.UserError(str(error)) from error
     state = utils.load_checkpoint(path, "vqgan-training")
-    vqgan = VQGAN(VQGANConfig(**state["config"]["vqgan"]))
-    vqgan.load_state_dict(state["ema"])
+    try:
+        vqgan = VQGAN(VQGANConfig(**state["config"]["vqgan"]))
+        vqgan.load_state_dict(state["ema"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise utils.UserError(f"checkpoint {path} does not fit its own config ({reason})") from error
     return vqgan.eval().requires_grad_(False)
 
 
-def state_of(run: Run, step: int, best: float, configs: dict) -> dict:
+def state_of(run: Run, configs: dict) -> dict:
     return {
-        "kind": KIND, "step": step, "best": best, "config": configs,
-        "vqgan": run.plain.vqgan.state_dict(), "model": run.plain.transformer.state_dict(),
-        "ema": run.ema.transformer.state_dict(), "optimizer": run.optimizer.optimizer.state_dict(),
-        "plateau": run.plateau.state_dict(),
+        "kind": KIND, "config": configs, "vqgan": run.plain.vqgan.state_dict(),
+        "model": run.plain.transformer.state_dict(), "ema": run.ema.transformer.state_dict(),
+        "optimizer": run.optimizer.state_dict(), "plateau": run.plateau.state_dict(),
     }    # fmt: skip
 
 
-def restore(run: Run, state: dict, configs: dict) -> None:
-    utils.check_same_config(state["config"], configs)
+def restore(run: Run, state: dict) -> None:
     for name, value in run.plain.vqgan.state_dict().items():
         if not torch.equal(value.cpu(), state["vqgan"][name]):
-            raise utils.UserError("can't resume: the checkpoint was trained on the tokens of another VQGAN than --vqgan gives")
+            raise utils.UserError("can't resume: the checkpoint was trained with another VQGAN than --vqgan gives")
     run.plain.transformer.load_state_dict(state["model"])
     run.ema.transformer.load_state_dict(state["ema"])
-    run.optimizer.optimizer.load_state_dict(state["optimizer"])
+    run.optimizer.load_state_dict(state["optimizer"])
     run.plateau.load_state_dict(state["plateau"])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    utils.add_training_flags(parser, "configs/cat64.yml")
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_flags(parser)
     parser.add_argument("--vqgan", required=True, help="stage-1 checkpoint (last.pt), or a finished .safetensors model")
+    parser.add_argument("--token-cache", metavar="DIR", help="where the training set's tokens lie (default: OUTPUT/tokens)")
     return parser.parse_args(argv)
 
 
@@ -263,79 +309,58 @@ def main(argv: list[str] | None = None) -> int:
     config = utils.build_config(
         TrainTransformerConfig, utils.with_flags(sections.get("train_transformer", {}), args), "train_transformer"
     )
-    accelerator = utils.make_accelerator(args.device, config.precision)
-    utils.check_split(config.batch_size, config.accum_grad, accelerator)
-    folder = utils.writable_folder(args.output_dir)
+    accelerator = training.start(args.device, config.precision)
+    with training.errors_told_once(accelerator, args.output_dir):
+        utils.check_split(config.batch_size, config.accum_grad, accelerator)
+        folder = training.on_main(accelerator, lambda: utils.writable_folder(args.output_dir))
+        vqgan = training.on_main(accelerator, lambda: load_vqgan(args.vqgan))
+        return run_training(args, vqgan, model_config, config, folder, accelerator)
+
+
+def run_training(
+    args: argparse.Namespace, vqgan: VQGAN, model_config: TransformerConfig, config: TrainTransformerConfig,
+    folder: Path, accelerator: Accelerator,
+) -> int:    # fmt: skip
     torch.manual_seed(config.seed)
-    vqgan = load_vqgan(args.vqgan)
-    try:
-        model = MaskGIT(vqgan.config, model_config)
-    except ValueError as error:
-        raise utils.UserError(f"config {error}") from error
+    with training.large_models_refused():
+        try:
+            model = MaskGIT(vqgan.config, model_config)
+        except ValueError as error:    # the two configs don't fit each other
+            raise utils.UserError(f"config {error}") from error
     model.vqgan.load_state_dict(vqgan.state_dict())
+    model.to(accelerator.device)
     configs = model.configs() | {"train_transformer": asdict(config)}
 
-    images = torch.cat([load_folder(path, model.image_size, args.bad_images) for path in args.train_dir])
     val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: config.val_pictures]
-    if len(images) < config.batch_size:
-        raise utils.UserError(f"{len(images)} training pictures are fewer than one batch ({config.batch_size}); lower --batch-size")
-    model.to(accelerator.device)
-    train_set = TokenSet(images, encode_all(model.vqgan, images, accelerator.device))
-    val_set = TokenSet(val_images, encode_all(model.vqgan, val_images, accelerator.device))
+    val_tokens = encode(model.vqgan, val_images, accelerator.device)[:, 0]
+    data = open_tokens(args, model.vqgan, model_config.pixel_dim > 0, accelerator)
+    training.check_one_batch(len(data), config)
 
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         model.transformer.parameters(), lr=config.learning_rate, betas=(0.9, 0.96), weight_decay=config.weight_decay
     )
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=config.plateau_patience)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    total_steps = config.epochs * (len(images) // config.batch_size)
-    run = Run(config, accelerator, model, ema, optimizer, plateau, total_steps)
-    step, best = 0, float("inf")
-    if state := utils.find_resume(folder, args.resume, KIND):
-        restore(run, state, configs)
-        step, best = state["step"], state["best"]
-    return train(run, train_set, val_set, folder, step, best, configs)
-
-
-def train(run: Run, data: TokenSet, val: TokenSet, folder: Path, step: int, best: float, configs: dict) -> int:
-    c, accelerator = run.config, run.accelerator
-    per_epoch = len(data.images) // c.batch_size
-    logger = utils.Logger(folder, step, accelerator.is_main_process)
-    progress = tqdm(total=run.total_steps * c.batch_size, initial=step * c.batch_size, unit="img", disable=not accelerator.is_main_process)
-    started, seen = time.perf_counter(), 0
+    run = Run(config, accelerator, accelerator.prepare(model), ema, optimizer, plateau, data)
     run.model.train()
-    with utils.StopRequest() as stop:
-        while step < run.total_steps and not stop.signal:
-            torch.manual_seed(utils.seeded(c.seed, "step", step, accelerator.process_index).initial_seed())
-            values = train_step(run, data, step)
-            step, seen = step + 1, seen + c.batch_size
-            progress.update(c.batch_size)
-            progress.set_postfix(loss=f"{values['loss']:.3f}", rate=f"{values['learning_rate']:.1e}")
-            if step % c.log_every == 0:
-                logger.log(step, **values)
-            if step % per_epoch == 0:
-                scores = validate(run, val)
-                run.plateau.step(scores["val_loss"])
-                logger.log(step, **scores)
-                speed = seen / (time.perf_counter() - started)
-                if accelerator.is_main_process:
-                    tqdm.write(json.dumps({"step": step, "images/s": round(speed, 1)} | {k: round(v, 4) for k, v in scores.items()}))
-                    if scores["val_loss"] < best:
-                        best = scores["val_loss"]
-                        utils.save_checkpoint(folder / "best.pt", state_of(run, step, best, configs))
-                        run.ema.save_file(folder / "maskgit.safetensors", steps=str(step))
-                    if (step // per_epoch) % c.sample_every == 0 or step == run.total_steps:
-                        write_completions(run, val.images, folder / f"samples_{step:07d}.png")
-                started, seen = time.perf_counter(), 0
-            if (step % c.save_every == 0 or step == run.total_steps or stop.signal) and accelerator.is_main_process:
-                utils.save_last(folder, state_of(run, step, best, configs))
-            accelerator.wait_for_everyone()
-    logger.close()
-    progress.close()
-    if stop.signal:
-        print(f"stopped by signal {stop.signal} after step {step}; continue with --resume auto", file=sys.stderr)
-    return stop.exit_code
+    progress = training.resume(folder, KIND, args.resume, accelerator, configs, len(data), lambda state: restore(run, state))
+    batches = training.Ahead(lambda step: draw_batch(run, step), enabled=accelerator.device.type == "cuda")
+
+    def step_(step: int) -> dict[str, float]:
+        return train_step(run, step, *(x if x is None else x.to(accelerator.device) for x in batches(step)))
+
+    def validate_(epoch: int) -> dict[str, float]:
+        if accelerator.is_main_process and (epoch % config.sample_every == 0 or epoch == config.epochs):
+            write_completions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")
+        scores = validate(run, val_images, val_tokens)
+        run.plateau.step(scores["val_loss"])
+        return scores
+
+    return training.loop(
+        config, accelerator, folder, progress, per_epoch=run.per_epoch, on_nan=args.on_nan,
+        train_step=step_, validate=validate_, state=lambda: state_of(run, configs),
+        export=lambda: export(run, folder / "maskgit.safetensors", progress.step),
+    )    # fmt: skip
 
 
 if __name__ == "__main__":

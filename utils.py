@@ -1,6 +1,8 @@
 """What both training scripts and the tools share: config, seeds, checkpoints, EMA, logging, errors. No model knowledge."""
 
+import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -45,6 +47,13 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are user errors like all others: one sentence, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 @contextlib.contextmanager
@@ -162,8 +171,9 @@ def seeded(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+@functools.lru_cache(maxsize=1)    # asked for at every step, new once an epoch
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits `count` samples: (count,) int64."""
+    """The order in which an epoch visits `count` samples: (count,) int64, not to be changed in place."""
     return torch.randperm(count, generator=seeded(seed, "order", epoch))
 
 
@@ -228,7 +238,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"checkpoint {path} can't be read ({error.strerror})") from error
     trailer = len(_MAGIC) + 32
-    if len(data) < trailer or data[-trailer:-32] != _MAGIC:
+    if data[-trailer:-32] != _MAGIC:
         raise UserError(f"checkpoint {path} is truncated or not one of this project's training checkpoints")
     if hashlib.sha256(memoryview(data)[:-trailer]).digest() != data[-32:]:
         raise UserError(f"checkpoint {path} is damaged (its checksum doesn't fit); use an older one")
@@ -258,12 +268,17 @@ def find_resume(folder: Path, resume: str | None, kind: str) -> dict[str, Any] |
         return None
     if resume != "auto":
         return load_checkpoint(resume, kind)
-    for name in ("next.pt", "last.pt", "previous.pt", "best.pt"):    # next.pt: killed between two renames of save_last
-        if (folder / name).exists():
-            try:
-                return load_checkpoint(folder / name, kind)
-            except UserError as error:
-                print(f"notice: {error}; looking for an older one", file=sys.stderr)
+    # next.pt is there if save_last was killed between its renames. previous.pt and best.pt: either may be the newer one.
+    for names in (("next.pt",), ("last.pt",), ("previous.pt", "best.pt")):
+        good = []
+        for name in names:
+            if (folder / name).exists():
+                try:
+                    good.append(load_checkpoint(folder / name, kind))
+                except UserError as error:
+                    print(f"notice: {error}; looking for an older one", file=sys.stderr)
+        if good:
+            return max(good, key=lambda state: state.get("step", 0))
     print(f"notice: no usable checkpoint in {folder}, starting from the beginning", file=sys.stderr)
     return None
 
@@ -285,8 +300,8 @@ class Logger:
 
         kept = []
         if step > 0 and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):    # a line cut by a kill
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):    # a line cut by a kill, or not ours
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
         with atomic_write(self.path) as temporary:
@@ -296,8 +311,11 @@ class Logger:
     def log(self, step: int, **values: float) -> None:
         if not self.enabled:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"can't write {self.path}: {error.strerror}") from error
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
@@ -315,6 +333,8 @@ class StopRequest:
         return self
 
     def _note(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:    # asked again: don't wait for the step
+            raise KeyboardInterrupt
         self.signal = number
 
     def __exit__(self, *exc: object) -> None:
@@ -358,47 +378,53 @@ def make_accelerator(device: str, precision: str, handlers: list[Any] = ()):
 
 def check_split(batch_size: int, accum_grad: int, accelerator: Any) -> None:
     """The global batch must split evenly, or the mean of the parts would not be the mean of the whole."""
-    parts = accelerator.num_processes * accum_grad
-    if batch_size % parts:
+    processes = accelerator.num_processes
+    if batch_size % (processes * accum_grad):
         raise UserError(
-            f"batch_size ({batch_size}) must be divisible by processes x accum_grad ({accelerator.num_processes} x {accum_grad})"
+            f"batch_size ({batch_size}) must be divisible by processes x accum_grad ({processes} x {accum_grad})"
         )
 
 
-def average_over_processes(values: dict[str, float], accelerator: Any) -> dict[str, float]:
-    if accelerator.num_processes == 1:
-        return values
-    table = torch.tensor(list(values.values()), device=accelerator.device, dtype=torch.float64)
-    return dict(zip(values, accelerator.reduce(table, "mean").tolist(), strict=True))
+def average_over_processes(values: dict[str, float | Tensor], accelerator: Any) -> dict[str, float]:
+    """Means over all processes of numbers, or of tensors that hold one: read from the device once, not one by one."""
+    table = torch.stack([torch.as_tensor(value).detach().double() for value in values.values()])
+    if accelerator.num_processes > 1:
+        table = accelerator.reduce(table.to(accelerator.device), "mean")
+    return dict(zip(values, table.tolist(), strict=True))
 
 
 class NotFinite(UserError):
     """A loss or a gradient is NaN or infinite. Raised before it touches weights or checkpoints."""
 
 
-def check_finite(value: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(value)):
-        raise NotFinite(f"the {what} is {value.item()}: stopped before the weights were changed. Lower the learning rate, "
-                        "or use precision fp32; continue from the last checkpoint with --resume auto")    # fmt: skip
+def check_finite(value: float | Tensor, what: str) -> None:
+    if not math.isfinite(value):
+        raise NotFinite(
+            f"the {what} is {float(value)}: stopped before the weights were changed. Leave such steps out with "
+            "--resume auto --on-nan skip, or begin anew with a lower learning rate or precision fp32"
+        )
 
 
 # ---- flags of the training scripts ----
 
 
-def add_training_flags(parser: Any, default_config: str) -> None:
-    parser.add_argument("--config", default=default_config, help="YAML file (default: %(default)s)")
-    parser.add_argument("--train-dir", required=True, nargs="+", help="folder(s) of training pictures")
-    parser.add_argument("--val-dir", required=True, help="folder of validation pictures")
-    parser.add_argument("--output-dir", required=True, help="checkpoints, metrics.jsonl, TensorBoard and picture grids go here")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int, help="pictures per optimizer step, over all processes")
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--accum-grad", type=int, help="micro-batches per optimizer step")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--resume", metavar="FILE|auto", help="continue from a checkpoint; auto: the newest good one in --output-dir")
-    parser.add_argument("--bad-images", choices=("error", "skip"), default="error", help="what to do with unreadable pictures")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one config value")
+def add_training_flags(
+    parser: argparse.ArgumentParser, default_config: str, train_dir: str = "folder(s) of training pictures"
+) -> None:
+    flag = parser.add_argument
+    flag("--config", default=default_config, help="YAML file (default: %(default)s)")
+    flag("--train-dir", required=True, nargs="+", help=train_dir)
+    flag("--val-dir", required=True, help="folder of validation pictures")
+    flag("--output-dir", required=True, help="for checkpoints, metrics.jsonl, TensorBoard and picture grids")
+    flag("--epochs", type=int)
+    flag("--batch-size", type=int, help="pictures per optimizer step, over all processes")
+    flag("--learning-rate", type=float)
+    flag("--accum-grad", type=int, help="micro-batches per optimizer step")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    flag("--seed", type=int)
+    flag("--resume", metavar="FILE|auto", help="continue from a checkpoint; auto: the newest good one")
+    flag("--bad-images", choices=("error", "skip"), default="error", help="what unreadable pictures lead to")
+    flag("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one config value")
 
 
 def with_flags(section: dict[str, Any], args: Any) -> dict[str, Any]:
@@ -411,10 +437,12 @@ def with_flags(section: dict[str, Any], args: Any) -> dict[str, Any]:
 FREE_KEYS = ("accum_grad", "log_every", "save_every")
 
 
-def check_same_config(saved: dict[str, dict], given: dict[str, dict], _: Any = None) -> None:
+def check_same_config(saved: dict[str, dict], given: dict[str, dict]) -> None:
     """A run continues with the config that it began with."""
     for section, values in given.items():
         for key, value in values.items():
+            if section in saved and key not in saved[section]:
+                continue    # a key younger than the checkpoint
             before = saved.get(section, {}).get(key)
             if before != value and key not in FREE_KEYS:
                 raise UserError(f"can't resume: {section}.{key} is {value!r}, the checkpoint was trained with {before!r}")

@@ -25,6 +25,8 @@ LIBRARIES = {
     "dataset_tools": {"data"},
     "features": {"metrics", "utils"},
     "metrics": {"models.perceptual", "utils"},
+    "token_cache": {"data", "training", "utils"},
+    "training": {"data", "utils"},
     "utils": set(),
 }
 SCRIPTS = {

@@ -1,0 +1,186 @@
+"""A training set's tokens, computed once and read from disk ever after: memory stays the same whatever the set's size.
+
+A cache is a folder. about.json says what it was made from: a hash of the tokenizer, a hash of the pictures' names, sizes and
+times. The set is cut in pieces, 1024 files of a folder or one shard each, and a piece is two memory-mapped arrays:
+
+    tokens-000000.u16    (n, 2, N) uint16: tokens of each picture as it is, and mirrored
+    pixels-000000.u8     (n, 3, S, S) uint8, where the transformer looks at pixels beside the tokens
+
+A piece is written whole or not at all. So an encoding that was killed goes on with the pieces that are missing, and of P
+processes each makes every P-th piece.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import utils
+from data import DataError, find_images, open_shards, read_square
+from training import is_shards
+
+PIECE = 1024    # files of a folder in a piece; pictures held at a time
+
+
+class Piece(NamedTuple):
+    """Pictures that are encoded and written together."""
+
+    name: str            # its number, as it stands in file names
+    files: list[Path]    # pictures, or a single shard
+    shard: str | None    # the shard, as WebDataset opens it
+
+
+def list_pieces(paths: list[str]) -> list[Piece]:
+    """Cut folders of pictures and patterns of shards in pieces."""
+    parts: list[tuple[list[Path], str | None]] = []
+    for path in paths:
+        if is_shards(path):
+            parts += [([Path(url)], url) for url in open_shards(path, 1).urls]
+        else:
+            files = list(find_images(path).values())
+            parts += [(files[start : start + PIECE], None) for start in range(0, len(files), PIECE)]
+    return [Piece(f"{number:06d}", files, shard) for number, (files, shard) in enumerate(parts)]
+
+
+def fingerprint_pictures(pieces: list[Piece]) -> str:
+    """A hash of the names, sizes and times of all files; to read what is in them would take too long."""
+    return utils.fingerprint([[(file.name, *_size_and_time(file)) for file in piece.files] for piece in pieces])
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except OSError:    # a shard on another machine
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def check_about(folder: Path, about: dict[str, Any]) -> None:
+    """Begin a cache that is not there yet; refuse one that was made from something else.
+
+    Args:
+        about: everything that the arrays depend on: hashes of the tokenizer and of the pictures, and settings.
+    Raises:
+        UserError: the cache says otherwise, or what it says can't be read.
+    """
+    path = folder / "about.json"
+    if not path.exists():
+        with utils.atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(about, indent=1) + "\n")
+        return
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise utils.UserError(f"token cache {folder} has a damaged about.json; delete the folder") from error
+    words = {"tokenizer": "another VQGAN", "pictures": "other pictures (their names, sizes or times differ)"}
+    for key, value in about.items():
+        if found.get(key) != value:
+            reason = words.get(key, f"{key} = {found.get(key)} instead of {value}")
+            raise utils.UserError(
+                f"token cache {folder} is stale, it was made with {reason}; delete it or give another --token-cache"
+            )
+
+
+def build(
+    folder: Path, pieces: list[Piece], encode: Callable[[Tensor], Tensor], size: int, pixels: bool, bad_images: str
+) -> None:
+    """Write those of the pieces that are missing. `encode`: (n, 3, size, size) uint8 -> (n, 2, N) tokens below 65536."""
+    missing = [piece for piece in pieces if not all(path.exists() for path in _paths(folder, piece, pixels))]
+    bad: list[DataError] = []
+    for piece in tqdm(missing, desc="encoding", unit="piece", disable=None if missing else True):
+        with contextlib.ExitStack() as stack:
+            outputs = [stack.enter_context(_open(path)) for path in _paths(folder, piece, pixels)]
+            for images in _read(piece, size, bad_images, bad):
+                tokens = encode(images).numpy().astype(np.uint16)
+                for file, array in zip(outputs, (tokens, images.numpy()), strict=False):
+                    file.write(array.tobytes())
+    if bad:
+        print(f"skipped {len(bad)} pictures:", *bad[:10], *["..."] * (len(bad) > 10), sep="\n  ", file=sys.stderr)
+
+
+def _paths(folder: Path, piece: Piece, pixels: bool) -> list[Path]:
+    return [folder / f"tokens-{piece.name}.u16", *([folder / f"pixels-{piece.name}.u8"] if pixels else [])]
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    with utils.atomic_write(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+def _read(piece: Piece, size: int, bad_images: str, bad: list[DataError]) -> Iterator[Tensor]:
+    """A piece's pictures, (n, 3, size, size) uint8 at a time. What is wrong with pictures that are skipped goes to `bad`."""
+    if piece.shard is not None:
+        stream = iter(open_shards(piece.shard, size, seed=None))
+        while images := list(islice(stream, PIECE)):
+            yield torch.stack(images)
+        return
+
+    def read(file: Path) -> Tensor | DataError:
+        try:
+            return read_square(file, size)
+        except DataError as error:
+            if bad_images == "error":
+                raise
+            return error
+
+    with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
+        found = list(pool.map(read, piece.files))
+    bad += [error for error in found if isinstance(error, DataError)]
+    if images := [image for image in found if isinstance(image, Tensor)]:
+        yield torch.stack(images)
+
+
+class TokenCache:
+    """Reads a cache all of whose pieces are there."""
+
+    def __init__(self, folder: Path, pieces: list[Piece], seq_len: int, size: int, pixels: bool) -> None:
+        paths = [_paths(folder, piece, pixels) for piece in pieces]
+        self.tokens = [_map(path[0], np.uint16, (2, seq_len)) for path in paths]                          # each (n, 2, N)
+        self.pixels = [_map(path[1], np.uint8, (3, size, size)) for path in paths] if pixels else None    # (n, 3, S, S)
+        for path, tokens, images in zip(paths, self.tokens, self.pixels or self.tokens, strict=True):
+            if len(tokens) != len(images):
+                raise utils.UserError(f"{path[0]} and {path[1].name} differ in length; delete them, to make them anew")
+        self.ends = np.cumsum([len(tokens) for tokens in self.tokens])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def rows(self, chosen: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pictures by number. chosen: (B,) int64; mirrored: (B,) bool.
+
+        Returns tokens (B, N) int64, and pixels (B, 3, S, S) uint8, not mirrored, or None where the cache has none.
+        """
+        chosen, mirrored = chosen.numpy(), mirrored.numpy().astype(np.int64)
+        piece = np.searchsorted(self.ends, chosen, side="right")                                 # (B,)
+        tokens = np.empty((len(chosen), self.tokens[0].shape[2]), np.int64)                      # (B, N)
+        pixels = np.empty((len(chosen), *self.pixels[0].shape[1:]), np.uint8) if self.pixels else None
+        for p in np.unique(piece):
+            here = piece == p
+            row = chosen[here] - self.ends[p] + len(self.tokens[p])
+            tokens[here] = self.tokens[p][row, mirrored[here]]
+            if pixels is not None:
+                pixels[here] = self.pixels[p][row]
+        return torch.from_numpy(tokens), None if pixels is None else torch.from_numpy(pixels)
+
+
+def _map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """(n, *shape), read from disk as it is used."""
+    try:
+        n, rest = divmod(path.stat().st_size, np.dtype(dtype).itemsize * math.prod(shape))
+        if rest:
+            raise ValueError("its length is wrong")
+        return np.memmap(path, dtype, "r", shape=(n, *shape)) if n else np.empty((0, *shape), dtype)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise utils.UserError(f"token cache file {path} can't be used ({reason}); delete it, to make it anew") from error

@@ -1,0 +1,404 @@
+"""What both training scripts do alike: processes, pictures, where a run stands, the loop over steps.
+
+Everything random is a function of (seed, step), and every process draws for the whole batch and takes every P-th picture of
+it. So one process or several, an uninterrupted run or one that was killed and resumed, all compute the same.
+"""
+
+import contextlib
+import json
+import math
+import re
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import utils
+from data import DataError, load_folder, open_shards
+
+T = TypeVar("T")
+MAX_SKIPPED = 10    # steps that --on-nan skip leaves out before it gives up
+
+
+def add_flags(parser: utils.Parser) -> None:
+    """The flags of both stages."""
+    utils.add_training_flags(
+        parser, "configs/cat64.yml", "folder(s) of training pictures, or WebDataset shards: 'cats-{0000..0099}.tar'"
+    )
+    parser.add_argument(
+        "--on-nan", choices=("stop", "skip"), default="stop", help="what to do with a step whose loss is not finite"
+    )
+
+
+# ---- processes ----
+
+
+def start(device: str, precision: str, **ddp_options: bool):
+    """The Accelerator: one process under `python`, several under `accelerate launch` or `torchrun`."""
+    from accelerate import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    # An hour: the others wait while one of them encodes its share of the pictures or writes a checkpoint.
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=1)), DistributedDataParallelKwargs(**ddp_options)]
+    return utils.make_accelerator(device, precision, handlers)
+
+
+def on_main(accelerator: Any, function: Callable[[], T]) -> T:
+    """Run a function on the main process and hand its result to all. If it fails, all end; the main one says why."""
+    if accelerator.num_processes == 1:
+        return function()
+    from accelerate.utils import broadcast_object_list
+
+    box: list[Any] = [None, False]    # result, whether it failed
+    try:
+        if accelerator.is_main_process:
+            box[0] = function()
+    except BaseException:
+        box[1] = True
+        raise
+    finally:
+        broadcast_object_list(box)
+    if box[1]:
+        raise SystemExit(2)
+    return box[0]
+
+
+def agree(stop: utils.StopRequest, accelerator: Any) -> None:
+    """A signal that one process got becomes everyone's, so that all leave the loop after the same step."""
+    if accelerator.num_processes > 1:
+        number = torch.tensor(stop.signal or 0, device=accelerator.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        stop.signal = stop.signal or int(number) or None
+
+
+@contextlib.contextmanager
+def local_gradients(accelerator: Any, enabled: bool, *models: nn.Module) -> Iterator[None]:
+    """While `enabled`, gradients add up in each process alone; they are exchanged with the last micro-batch only."""
+    with contextlib.ExitStack() as stack:
+        for model in models if enabled else ():
+            stack.enter_context(accelerator.no_sync(model))
+        yield
+
+
+@contextlib.contextmanager
+def errors_told_once(accelerator: Any, folder: str) -> Iterator[None]:
+    """With several processes: what all of them find wrong the main one tells; and when one has died, the others, which fail
+    in their next exchange with it, say so in a sentence instead of a traceback each."""
+    try:
+        yield
+    except utils.NotFinite:
+        if accelerator.is_main_process:
+            raise
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        exchange = isinstance(error, dist.DistError) or re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE)
+        if accelerator.num_processes == 1 or not exchange:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"error: process {accelerator.process_index} lost contact with another one, which has ended or can't be reached "
+            f"({reason}); the last checkpoint in {folder} is whole, continue with --resume auto",
+            file=sys.stderr, flush=True,
+        )    # fmt: skip
+        raise SystemExit(1) from error
+
+
+def share(accelerator: Any, *tensors: Tensor, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+    """This process's rows of tensors of equal length, in batches, on its device."""
+    mine = [tensor[accelerator.process_index :: accelerator.num_processes] for tensor in tensors]
+    for start in range(0, len(mine[0]), batch_size):
+        yield tuple(tensor[start : start + batch_size].to(accelerator.device) for tensor in mine)
+
+
+def check_all_finite(values: dict[str, float], step: int) -> None:
+    """Raise NotFinite that names the step and the first of its numbers that is not finite: terms come before their sums."""
+    for name, value in values.items():
+        utils.check_finite(value, f"{name.replace('_', ' ')} of step {step}")
+
+
+@contextlib.contextmanager
+def large_models_refused() -> Iterator[None]:
+    """Sizes in a config that no memory holds."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise utils.UserError(f"the model that the config describes can't be made: {reason}") from error
+
+
+# ---- pictures ----
+
+
+def is_shards(path: str) -> bool:
+    """Whether --train-dir names WebDataset shards rather than a folder."""
+    return path.endswith(".tar") or path.startswith("pipe:") or "://" in path
+
+
+@dataclass
+class FolderPictures:
+    """A training set in memory."""
+
+    images: Tensor    # (M, 3, size, size) uint8
+    batch_size: int
+    seed: int
+    rank: int
+    processes: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, step: int) -> Tensor:
+        """This process's pictures of a step's batch: positions rank, rank + P, ... of (B, 3, size, size)."""
+        epoch, k = divmod(step, len(self) // self.batch_size)
+        order = utils.epoch_order(len(self), self.seed, epoch)
+        return self.images[order[k * self.batch_size : (k + 1) * self.batch_size][self.rank :: self.processes]]
+
+
+@dataclass
+class ShardPictures:
+    """A training set larger than memory, streamed. Steps are asked for in order; after a gap the stream is opened anew."""
+
+    pattern: str
+    count: int        # pictures in all shards
+    size: int
+    batch_size: int
+    seed: int
+    rank: int
+    processes: int
+    workers: int      # processes that decode ahead; 0: none, decode when asked
+    next_step: int = -1
+    stream: Iterator[Tensor] = iter(())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, step: int) -> Tensor:
+        """This process's pictures of a step's batch, (B / P, 3, size, size)."""
+        epoch, k = divmod(step, self.count // self.batch_size)
+        if step != self.next_step or k == 0:
+            mine = self.batch_size // self.processes
+            shards = open_shards(self.pattern, self.size, batch_size=mine, seed=self.seed, epoch=epoch,
+                                 rank=self.rank, world_size=self.processes, start=k * mine)    # fmt: skip
+            # A generator of its own: the loader would draw from the global one, which dropout draws from as well.
+            self.stream = iter(DataLoader(shards, mine, num_workers=self.workers, drop_last=True,
+                                          worker_init_fn=_ignore_signals, generator=torch.Generator()))    # fmt: skip
+        self.next_step = step + 1
+        try:
+            return next(self.stream)
+        except StopIteration:
+            raise DataError(f"{self.pattern} holds fewer pictures than the {self.count} of --train-pictures") from None
+
+
+def _ignore_signals(worker: int) -> None:
+    """A stop request reaches the whole process group; the training process decides when its workers end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictures | ShardPictures:
+    """The training pictures that --train-dir names. Raises if they don't make up one batch."""
+    paths = args.train_dir
+    place = {"seed": c.seed, "rank": accelerator.process_index, "processes": accelerator.num_processes}
+    if args.workers < 0 or (args.train_pictures is not None and args.train_pictures < 1):
+        raise utils.UserError("--workers must be 0 or more and --train-pictures at least 1")
+    if not any(is_shards(path) for path in paths):
+        images = torch.cat([load_folder(path, size, args.bad_images) for path in paths])
+        pictures = FolderPictures(images, c.batch_size, **place)
+    elif len(paths) == 1:
+        shards = open_shards(paths[0], size).urls
+        count = args.train_pictures or on_main(accelerator, lambda: sum(map(count_pictures, shards)))
+        pictures = ShardPictures(paths[0], count, size, c.batch_size, **place, workers=args.workers)
+    else:
+        raise utils.UserError("--train-dir takes folders, or one quoted pattern of shards such as 'cats-{0000..0099}.tar'")
+    check_one_batch(len(pictures), c)
+    return pictures
+
+
+def check_one_batch(pictures: int, c: Any) -> None:
+    if pictures < c.batch_size:
+        raise utils.UserError(f"{pictures} training pictures are fewer than one batch ({c.batch_size}); lower --batch-size")
+
+
+def count_pictures(shard: str) -> int:
+    """Samples in a tar file, from its headers alone: consecutive files that share a name up to the first dot."""
+    if shard.startswith("pipe:") or "://" in shard:
+        raise utils.UserError(f"the pictures in {shard} can't be counted here; give their number with --train-pictures")
+    count, last = 0, None
+    try:
+        with tarfile.open(shard) as file:
+            for member in file:
+                name = re.match(r"((?:.*/|)[^.]+)[.][^/]*$", member.name)
+                if member.isfile() and name and name[1] != last:
+                    count, last = count + 1, name[1]
+    except (OSError, tarfile.TarError) as error:
+        raise utils.UserError(f"shard {shard} can't be read: {error}") from error
+    return count
+
+
+class Ahead:
+    """A pure function of the step, computed one step ahead in a thread, so that a GPU need not wait for its input."""
+
+    def __init__(self, function: Callable[[int], T], enabled: bool) -> None:
+        self.function = function
+        self.pool = ThreadPoolExecutor(1) if enabled else None
+        self.waiting: dict[int, Any] = {}
+
+    def __call__(self, step: int) -> T:
+        if self.pool is None:
+            return self.function(step)
+        future = self.waiting.get(step) or self.pool.submit(self.function, step)
+        self.waiting = {step + 1: self.pool.submit(self.function, step + 1)}
+        return future.result()
+
+
+# ---- where a run stands ----
+
+
+@dataclass
+class Progress:
+    """Saved in every checkpoint."""
+
+    step: int = 0             # optimizer steps done
+    best: float = math.inf    # lowest validation loss so far
+    skipped: int = 0          # steps left out because their numbers were not finite
+    pictures: int = 0         # in the training set
+
+
+def resume(
+    folder: Path, kind: str, wish: str | None, accelerator: Any, configs: dict, pictures: int,
+    restore: Callable[[dict], None],
+) -> Progress:    # fmt: skip
+    """Continue as `wish` (--resume) says, in all processes from the same checkpoint: `restore` takes its state."""
+    state = on_main(accelerator, lambda: _find(folder, kind, wish))
+    if state is None:
+        return Progress(pictures=pictures)
+    try:
+        utils.check_same_config(state["config"], configs)
+        progress = Progress(state["step"], state["best"], state.get("skipped", 0), state.get("pictures", pictures))
+        if progress.pictures != pictures:
+            raise utils.UserError(f"can't resume: the run began with {progress.pictures} pictures, now there are {pictures}")
+        restore(state)
+    except utils.UserError:
+        raise
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise utils.UserError(f"can't resume: the checkpoint does not fit this run ({reason})") from error
+    return progress
+
+
+def _find(folder: Path, kind: str, wish: str | None) -> dict | None:
+    begun = [name for name in ("last.pt", "previous.pt", "best.pt") if (folder / name).exists()]
+    if begun and wish is None:
+        raise utils.UserError(
+            f"{folder} holds a run already ({', '.join(begun)}); go on with --resume auto, or give another --output-dir"
+        )
+    state = utils.find_resume(folder, wish, kind)
+    if state is not None and not (folder / "best.pt").exists():
+        state["best"] = math.inf    # continued elsewhere: the best one from here on
+    return state
+
+
+# ---- the loop ----
+
+
+def loop(
+    c: Any,
+    accelerator: Any,
+    folder: Path,
+    progress: Progress,
+    *,
+    per_epoch: int,
+    on_nan: str,
+    train_step: Callable[[int], dict[str, float]],
+    validate: Callable[[int], dict[str, float] | None],
+    state: Callable[[], dict],
+    export: Callable[[], None] | None = None,
+) -> int:
+    """Train from where `progress` stands to the end.
+
+    Args:
+        c: the stage's config: epochs, batch_size, seed, log_every, save_every.
+        train_step: step -> numbers to log. Raises NotFinite before it has changed anything.
+        validate: epochs done -> scores with val_loss, the same in all processes; None where none is due.
+        state: the checkpoint's content; `progress` is added to it.
+        export: called when the validation loss has never been lower.
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that stopped the run.
+    """
+    total, main = c.epochs * per_epoch, accelerator.is_main_process
+    logger = utils.Logger(folder, progress.step, main)
+    bar = tqdm(total=total * c.batch_size, initial=progress.step * c.batch_size, unit="img", disable=not main)
+    clock = Clock()
+    with utils.StopRequest() as stop:
+        if main and progress.step == 0:
+            utils.save_last(folder, state() | asdict(progress))    # a disk that is too small shows now, not after hours
+        while progress.step < total and not stop.signal:
+            # For what models draw by themselves, such as dropout.
+            torch.manual_seed(utils.seeded(c.seed, "step", progress.step, accelerator.process_index).initial_seed())
+            values = step_or_skip(train_step, progress, on_nan)
+            progress.step += 1
+            clock.count(c.batch_size)
+            bar.update(c.batch_size)
+            bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "learning_rate") if name in values})
+            if progress.step % c.log_every == 0 or values.keys() & {"codes_used", "skipped"}:
+                logger.log(progress.step, **values)
+            scores = validate(progress.step // per_epoch) if progress.step % per_epoch == 0 else None
+            if scores:
+                logger.log(progress.step, **scores)
+                if main:
+                    speed = {"step": progress.step, "images/s": clock.speed()}
+                    tqdm.write(json.dumps(speed | {name: round(value, 4) for name, value in scores.items()}))
+                if scores["val_loss"] < progress.best:
+                    progress.best = scores["val_loss"]
+                    if main:
+                        utils.save_checkpoint(folder / "best.pt", state() | asdict(progress))
+                        if export:
+                            export()
+                clock = Clock()
+            agree(stop, accelerator)
+            if main and (progress.step % c.save_every == 0 or progress.step == total or stop.signal):
+                utils.save_last(folder, state() | asdict(progress))
+    logger.close()
+    bar.close()
+    if stop.signal and main:
+        print(f"stopped by signal {stop.signal} after step {progress.step}; continue with --resume auto", file=sys.stderr)
+    accelerator.end_training()
+    return stop.exit_code
+
+
+def step_or_skip(train_step: Callable[[int], dict[str, float]], progress: Progress, on_nan: str) -> dict[str, float]:
+    """A step's numbers; with --on-nan skip, a step that is not finite is left out, MAX_SKIPPED times in a run."""
+    try:
+        return train_step(progress.step)
+    except utils.NotFinite as error:
+        if on_nan == "stop":
+            raise
+        progress.skipped += 1
+        if progress.skipped > MAX_SKIPPED:
+            raise utils.NotFinite(f"{error} ({MAX_SKIPPED} steps were left out before, more are not)") from error
+        tqdm.write(f"notice: step left out ({progress.skipped} of at most {MAX_SKIPPED}): {error}", file=sys.stderr)
+        return {"skipped": progress.skipped}
+
+
+class Clock:
+    """Pictures per second since it was made."""
+
+    def __init__(self) -> None:
+        self.started, self.pictures = time.perf_counter(), 0
+
+    def count(self, pictures: int) -> None:
+        self.pictures += pictures
+
+    def speed(self) -> float:
+        return round(self.pictures / (time.perf_counter() - self.started), 1)
