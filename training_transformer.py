@@ -328,6 +328,7 @@ def run_training(
         except ValueError as error:    # the two configs don't fit each other
             raise utils.UserError(f"config {error}") from error
     model.vqgan.load_state_dict(vqgan.state_dict())
+    model.embed_codes(utils.seeded(config.seed, "embed codes"))
     model.to(accelerator.device)
     configs = model.configs() | {"train_transformer": asdict(config)}
 

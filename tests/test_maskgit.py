@@ -151,3 +151,17 @@ def test_an_unknown_picture_hides_a_share_gamma_of_its_tokens():
 def test_masks_are_a_function_of_the_generator():
     first, again = masks(), masks()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_tokens_that_look_alike_start_alike():
+    model = tiny()
+    before = model.transformer.token_embed.weight.detach().clone()
+    model.embed_codes(torch.Generator().manual_seed(0))
+    after = model.transformer.token_embed.weight.detach()
+    assert torch.equal(after[-1], before[-1])    # the mask token has no code
+    codes = torch.cdist(*[model.vqgan.codebook.codes()] * 2).flatten()
+
+    def agreement(embedding: torch.Tensor) -> float:
+        return torch.corrcoef(torch.stack([codes, torch.cdist(embedding[:-1], embedding[:-1]).flatten()]))[0, 1].item()
+
+    assert agreement(after) > agreement(before) + 0.2
