@@ -44,8 +44,7 @@ class PerceptualFeatures(nn.Module):
         x = ((image + 1) / 2 - self.mean) / self.std
         out = []
         for i, layer in enumerate(self.layers):
-            # torchvision's ReLUs work in place: they would overwrite a tap that another layer's gradient needs.
-            x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)
+            x = layer(x)
             if i in self.taps:
                 out.append(F.normalize(x.float(), dim=1, eps=1e-6))
         return out
@@ -104,7 +103,8 @@ def _read_features(path: Path, features: nn.Module) -> dict[str, Tensor]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"perceptual weights {path} can't be read ({reason}); expected .safetensors or .pth") from error
-    state = {str(name).removeprefix("features."): value for name, value in state.items() if not str(name).startswith("classifier")}
+    state = {str(name).removeprefix("features."): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith("classifier.")}
     wanted = {name: value.shape for name, value in features.state_dict().items()}
     if {name: getattr(value, "shape", None) for name, value in state.items()} != wanted:
         raise ValueError(f"perceptual weights {path} don't have the layers of torchvision's network")

@@ -26,7 +26,7 @@ def gamma(schedule: str, r: Tensor | float) -> Tensor:
     if not bool(((r >= 0) & (r <= 1)).all()):    # so written, it refuses NaN too
         raise ValueError(f"progress must lie in [0, 1], got values from {r.min().item()} to {r.max().item()}")
     if schedule == "cosine":
-        return torch.cos(r * math.pi / 2).clamp_min(0).where(r < 1, 0)    # cos(pi / 2) is 6e-17 in floating point
+        return torch.cos(r * math.pi / 2).where(r < 1, 0)    # cos(pi / 2) is 6e-17 in floating point
     if schedule == "linear":
         return 1 - r
     if schedule == "square":

@@ -1,0 +1,82 @@
+"""models/discriminator.py: what a score can see, and the losses' closed forms."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss
+
+
+def discriminator(**options) -> PatchDiscriminator:
+    torch.manual_seed(0)
+    return PatchDiscriminator(**(dict(channels=8) | options))
+
+
+def noise(size: int = 64) -> torch.Tensor:
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def without_norm(model: PatchDiscriminator) -> PatchDiscriminator:
+    """GroupNorm's statistics are global by nature; what the convolutions see shows without them."""
+    for layer in model.layers:
+        for i, part in enumerate(layer):
+            if isinstance(part, nn.GroupNorm):
+                layer[i] = nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize("strided, side", [(1, 12), (2, 26), (3, 54)])
+def test_a_score_sees_a_patch(strided, side):
+    model, image = without_norm(discriminator(strided=strided)), noise(96).requires_grad_()
+    scores, _ = model(image)
+    middle = scores.shape[-1] // 2
+    seen = torch.autograd.grad(scores[0, 0, middle, middle], image)[0][0].abs().sum(0) > 0
+    rows, columns = seen.any(1), seen.any(0)
+    assert rows.sum() == columns.sum() == side and seen.sum() == side * side
+
+
+def test_default_patch_is_smaller_than_a_picture():
+    model, image = without_norm(PatchDiscriminator()), noise().requires_grad_()
+    scores, _ = model(image)
+    seen = torch.autograd.grad(scores[0, 0, 8, 8], image)[0].abs().sum((0, 1)) > 0
+    assert seen.sum() == 26 * 26
+
+
+@pytest.mark.parametrize("strided", [1, 2, 3])
+def test_scores_and_features(strided):
+    scores, features = discriminator(strided=strided)(noise())
+    assert scores.shape == (1, 1, 64 // 2**strided, 64 // 2**strided)
+    assert [f.shape[1] for f in features] == [8 * 2**i for i in range(strided + 1)]
+    assert [f.shape[2] for f in features] == [64 // 2 ** min(i, strided) for i in range(1, strided + 2)]
+    assert not scores.allclose(scores.mean())
+
+
+def test_widths_that_are_no_multiples_of_32_and_refusal():
+    assert discriminator(channels=24)(noise(16))[0].isfinite().all()
+    with pytest.raises(ValueError, match="strided must be at least 1, got 0"):
+        PatchDiscriminator(strided=0)
+
+
+@pytest.mark.parametrize("real, fake, expected", [
+    ([1.0, 2.0], [-1.0, -9.0], 0.0), ([0.0], [0.0], 1.0), ([-1.0], [1.0], 2.0), ([0.5, 2.0], [-2.0, 0.0], 0.375),
+    ([1.0], [1.0], 1.0), ([-2.0], [-2.0], 1.5),
+])
+def test_hinge_loss(real, fake, expected):
+    assert hinge_loss(torch.tensor(real), torch.tensor(fake)) == expected
+
+
+def test_feature_matching_closed_form():
+    a = [torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 2, 2)]
+    b = [torch.full((1, 2, 4, 4), 3.0), torch.full((1, 4, 2, 2), -1.0)]
+    assert feature_matching(a, b) == 2 and feature_matching(b, b) == 0
+    with pytest.raises(ValueError, match="shorter"):
+        feature_matching(a, b[:1])
+
+
+def test_feature_matching_pulls_the_fake_side_only():
+    model = discriminator()
+    real, fake = noise().requires_grad_(), (noise() * 0.5).requires_grad_()
+    loss = feature_matching(model(fake)[1], model(real)[1])
+    assert loss > 0
+    on_fake, on_real = torch.autograd.grad(loss, (fake, real), allow_unused=True)
+    assert on_fake.abs().sum() > 0 and on_real is None

@@ -1,0 +1,232 @@
+"""models/perceptual.py: features as torchvision's network gives them, distances in closed form, files that don't fit."""
+
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save_file
+
+import data
+from models.perceptual import TAPS, PerceptualFeatures, laplacian_distance, perceptual_distance
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.squeezenet1_1(weights=None).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "squeezenet1_1.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def features(weights) -> PerceptualFeatures:
+    return PerceptualFeatures("squeezenet1_1", weights)
+
+
+def pictures(count: int = 2, size: int = 32, seed: int = 1) -> torch.Tensor:
+    return 2 * torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) - 1
+
+
+# ---- features ----
+
+@torch.no_grad()
+def test_features_are_torchvisions_scaled_to_unit_length(features, network):
+    image, taps = pictures(), TAPS["squeezenet1_1"]
+    x = torchvision.transforms.functional.normalize((image + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    out = features(image)
+    assert [f.shape[1] for f in out] == [64, 128, 256, 384, 384, 512, 512]    # LPIPS compares the same seven
+    for tap, feature in zip(taps, out, strict=True):
+        expected = network.features[: tap + 1](x.clone())
+        torch.testing.assert_close(feature, expected / expected.norm(dim=1, keepdim=True).clamp_min(1e-6))
+
+
+def test_frozen_yet_the_picture_gets_a_gradient(features):
+    assert not any(p.requires_grad for p in features.parameters()) and not features.layers.training
+    image = pictures().requires_grad_()
+    kept = image.detach().clone()
+    perceptual_distance(features(image), features(pictures(seed=2))).sum().backward()
+    assert image.grad.isfinite().all() and image.grad.abs().sum() > 0
+    assert torch.equal(image, kept)    # ReLUs that work in place leave it alone
+
+
+def test_mean_and_std_are_not_saved(features):
+    assert all(name.startswith("layers.") for name in features.state_dict())
+
+
+@pytest.mark.parametrize("prefix, suffix", [("", ".safetensors"), ("features.", ".safetensors"), ("", ".pth")])
+def test_every_naming_reads_the_same(features, network, tmp_path, prefix, suffix):
+    path = tmp_path / f"file{suffix}"
+    state = {prefix + name: value for name, value in network.features.state_dict().items()}
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    other = PerceptualFeatures("squeezenet1_1", str(path))
+    for a, b in zip(features(pictures()), other(pictures()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_vgg16_taps_are_the_ends_of_its_resolutions(monkeypatch, tmp_path):
+    """A VGG16 of a sixteenth of the width: the layers are numbered alike, the file is small."""
+    widths = ["M" if w == "M" else w // 16 for w in torchvision.models.vgg.cfgs["D"]]
+    torch.manual_seed(0)
+    thin = torchvision.models.vgg.make_layers(widths)
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda weights: SimpleNamespace(features=thin))
+    save_file(thin.state_dict(), tmp_path / "vgg.safetensors")
+    image = pictures(1, 64).requires_grad_()
+    out = PerceptualFeatures("vgg16", tmp_path / "vgg.safetensors")(image)
+    assert all(torch.autograd.grad(f.sum(), image, retain_graph=True)[0].isfinite().all() for f in out)
+    assert [tuple(f.shape[1:]) for f in out] == [(4, 64, 64), (8, 32, 32), (16, 16, 16), (32, 8, 8), (32, 4, 4)]
+
+
+def test_without_a_file_torchvision_downloads(monkeypatch, network, features):
+    asked = []
+
+    def build(weights):
+        asked.append(weights)
+        return network
+
+    monkeypatch.setattr(torchvision.models, "squeezenet1_1", build)
+    out = PerceptualFeatures("squeezenet1_1")(pictures())
+    assert asked == ["IMAGENET1K_V1"] and torch.equal(out[-1], features(pictures())[-1])
+
+    def offline(weights):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "squeezenet1_1", offline)
+    with pytest.raises(OSError, match="no route to host"):
+        PerceptualFeatures("squeezenet1_1")
+
+
+class Malicious:
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_files_that_do_not_fit_are_refused_in_a_sentence(network, tmp_path):
+    def refused(path, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            PerceptualFeatures("squeezenet1_1", path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    refused(tmp_path / "nowhere.pth", "not found; give a file")
+    refused(tmp_path, "not found; give a file")
+    state = network.features.state_dict()
+    name = next(iter(state))
+    for i, wrong in enumerate([
+        {k: v for k, v in state.items() if k != name},       # one missing
+        state | {"99.weight": torch.zeros(1)},               # one too many
+        state | {name: state[name][:1]},                     # wrong shape
+        state | {name: "text"},                              # no tensor
+        {"model": dict(state)},                              # nested
+    ]):
+        torch.save(wrong, tmp_path / f"{i}.pth")
+        refused(tmp_path / f"{i}.pth", "don't have the layers")
+    torch.save([1, 2], tmp_path / "list.pth")
+    refused(tmp_path / "list.pth", "can't be read")
+    torch.save(Malicious(tmp_path / "victim"), tmp_path / "code.pth")
+    refused(tmp_path / "code.pth", "can't be read")
+    assert not (tmp_path / "victim").exists()                # no code is run
+    for suffix in (".pth", ".safetensors"):
+        (tmp_path / f"text{suffix}").write_text("no weights")
+        refused(tmp_path / f"text{suffix}", "can't be read .*expected .safetensors or .pth")
+
+
+def test_unknown_network_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="unknown perceptual network 'lpips'; expected one of squeezenet1_1, vgg16"):
+        PerceptualFeatures("lpips")
+
+
+def test_real_weights_mind_a_blur_more_than_a_shade(shared):
+    """What a mean square error can't tell: of two changes of the same size, the one that takes the texture away is worse."""
+    features = PerceptualFeatures("squeezenet1_1", shared / "weights" / "squeezenet1_1_features.safetensors")
+    files = sorted((shared / "data" / "catface64" / "test" / "image").iterdir())[:4]
+    image = torch.stack([data.to_float(data.read_image(file)) for file in files])
+    blurred = torchvision.transforms.functional.gaussian_blur(image, [9, 9])
+    shaded = image - (blurred - image).pow(2).mean((1, 2, 3), keepdim=True).sqrt()
+    original = features(image)
+    blur, shade = (perceptual_distance(original, features(x)) for x in (blurred, shaded))
+    assert (blur > 2 * shade).all() and (shade > 0).all()
+
+
+# ---- perceptual distance ----
+
+def test_distance_is_zero_for_itself_symmetric_and_per_picture(features):
+    a, b = features(pictures(3)), features(pictures(3, seed=2))
+    assert torch.equal(perceptual_distance(a, a), torch.zeros(3))
+    assert torch.equal(perceptual_distance(a, b), perceptual_distance(b, a))
+    assert (perceptual_distance(a, b) > 0).all()
+    alone = perceptual_distance([x[1:2] for x in a], [x[1:2] for x in b])
+    torch.testing.assert_close(alone, perceptual_distance(a, b)[1:2])
+
+
+def test_distance_closed_form():
+    """Orthogonal unit vectors are sqrt(2) apart: 2 at each position where they differ, 1 on average with half of them."""
+    one, two = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
+    one[:, 0], two[:, 0] = 1, 1
+    two[:, :, 0] = torch.tensor([0, 1, 0, 0]).view(1, 4, 1)
+    assert perceptual_distance([one], [two]) == 1
+    assert perceptual_distance([one, one], [two, one]) == 0.5    # averaged over depths
+    with pytest.raises(ValueError, match="shorter"):
+        perceptual_distance([one, one], [two])
+
+
+def test_weighted_distance_looks_where_it_is_told():
+    one, two = torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2)
+    one[:, 0], two[:, 0] = 1, 1
+    two[:, :, 0] = torch.tensor([0, 1, 0, 0]).view(1, 4, 1)       # they differ in the upper row
+    upper, lower, quarter = torch.zeros(3, 2, 1, 8, 8)
+    upper[:, :, :4], lower[:, :, 4:] = 1, 1
+    quarter[:, :, :1] = 1                                         # a quarter of the upper row's area
+    assert torch.equal(perceptual_distance([one], [two], upper), torch.full((2,), 2.0))
+    assert torch.equal(perceptual_distance([one], [two], lower), torch.zeros(2))
+    assert torch.equal(perceptual_distance([one], [two], torch.ones(2, 1, 8, 8)), torch.ones(2))
+    # Area averaging: quarter + lower weighs the rows 1/4 : 1.
+    torch.testing.assert_close(perceptual_distance([one], [two], quarter + lower), torch.full((2,), 2 * 0.25 / 1.25))
+    each = torch.cat([upper[:1], lower[:1]])                      # a hole of its own for each picture
+    assert perceptual_distance([one], [two], each.bool()).tolist() == [2, 0]
+    assert torch.equal(perceptual_distance([one], [two], 0 * upper), torch.zeros(2))    # nothing to look at
+
+
+# ---- Laplacian pyramid ----
+
+def checkerboard(size: int, cell: int) -> torch.Tensor:
+    cells = torch.arange(size) // cell
+    return (1 - 2 * ((cells + cells.unsqueeze(1)) % 2)).float().expand(2, 3, size, size)
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2, 3])
+def test_constant_difference_is_left_to_the_coarsest_level(levels):
+    a = pictures(2, 16)
+    torch.testing.assert_close(laplacian_distance(a, a + 0.5, levels), torch.tensor(0.5 / 2**levels), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_finest_checkerboard_is_left_to_the_finest_level(levels):
+    board = 0.3 * checkerboard(16, 1)
+    torch.testing.assert_close(laplacian_distance(board, 0 * board, levels), torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("levels", [2, 3])
+def test_second_checkerboard_meets_two_levels(levels):
+    """Halved it alternates pixel by pixel; enlarged again, a row of it reads 1 at the two ends and +-1/2 between."""
+    board = checkerboard(16, 2)
+    u = (2 * 1 + 14 * 0.5) / 16
+    expected = (1 - u * u) + 1 / 2
+    torch.testing.assert_close(laplacian_distance(board, 0 * board, levels), torch.tensor(expected))
+
+
+def test_laplacian_is_zero_for_itself_symmetric_and_homogeneous():
+    a, b = pictures(2, 16), pictures(2, 16, seed=2)
+    assert laplacian_distance(a, a) == 0
+    torch.testing.assert_close(laplacian_distance(a, b), laplacian_distance(b, a))
+    torch.testing.assert_close(laplacian_distance(3 * a, 3 * b), 3 * laplacian_distance(a, b))
+    assert laplacian_distance(a, b) > F.l1_loss(F.avg_pool2d(a, 8), F.avg_pool2d(b, 8)) / 8

@@ -1,0 +1,102 @@
+"""models/schedule.py: closed forms of every gamma, and the integer plan that is made from it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.schedule import SCHEDULES, gamma, mask_plan
+
+CLOSED_FORMS = {
+    "cosine": {1 / 3: math.sqrt(3) / 2, 0.5: math.sqrt(0.5), 2 / 3: 0.5},
+    "linear": {0.25: 0.75, 0.5: 0.5, 0.9: 0.1},
+    "square": {0.25: 15 / 16, 0.5: 0.75, 0.9: 0.19},
+    "sqrt": {0.04: 0.8, 0.25: 0.5, 0.81: 0.1},
+    "cubic": {0.25: 63 / 64, 0.5: 0.875, 0.9: 0.271},
+    "arccos": {0.5: 2 / 3, math.sqrt(0.5): 0.5, math.sqrt(3) / 2: 1 / 3},
+}
+POWER = {"linear": 1, "square": 2, "cubic": 3}
+
+
+def test_every_schedule_has_closed_forms():
+    assert set(CLOSED_FORMS) == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_closed_forms(schedule):
+    points = CLOSED_FORMS[schedule]
+    r = torch.tensor(list(points), dtype=torch.float64)
+    torch.testing.assert_close(gamma(schedule, r), torch.tensor(list(points.values()), dtype=torch.float64))
+    assert gamma(schedule, 0.25).item() == gamma(schedule, torch.tensor([[0.25]])).item()
+    assert gamma(schedule, torch.zeros(2, 3)).shape == (2, 3) and gamma(schedule, 0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ends_are_exact_and_it_falls_between(schedule):
+    ratio = gamma(schedule, torch.linspace(0, 1, 1001, dtype=torch.float64))
+    assert ratio[0] == 1 and ratio[-1] == 0
+    assert (ratio.diff() < 0).all()
+
+
+@pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan"), float("inf")])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_progress_outside_the_unit_interval_is_refused(schedule, progress):
+    with pytest.raises(ValueError, match=r"progress must lie in \[0, 1\]"):
+        gamma(schedule, torch.tensor([0.5, progress]))
+
+
+def test_unknown_schedule_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"'cosin'; expected one of cosine, linear, square, sqrt, cubic, arccos$"):
+        gamma("cosin", 0.5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SCHEDULES), st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(1, 40))
+def test_plan_falls_to_zero(schedule, holes, total_iter):
+    plan = mask_plan(schedule, torch.tensor(holes), total_iter)
+    assert plan.dtype == torch.int64 and plan.shape == (len(holes), total_iter)
+    before = torch.cat([torch.tensor(holes).unsqueeze(1), plan[:, :-1]], dim=1)
+    assert ((plan < before) | ((before == 0) & (plan == 0))).all()
+    assert (plan >= 0).all() and not plan[:, -1].any()
+    for row, hole in zip(plan, holes, strict=True):    # each row as if it were alone
+        assert torch.equal(row, mask_plan(schedule, torch.tensor([hole]), total_iter)[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(POWER)), st.integers(0, 300), st.integers(1, 40))
+def test_plan_is_the_floor_of_the_schedule(schedule, hole, total_iter):
+    """Against whole-number arithmetic, which has no rounding: floor((1 - (t/T)^p) n) = (T^p - t^p) n // T^p."""
+    left, power = hole, POWER[schedule]
+    plan = mask_plan(schedule, torch.tensor([hole]), total_iter)[0]
+    for t in range(1, total_iter + 1):
+        share = (total_iter**power - t**power) * hole // total_iter**power
+        left = max(0, min(share, left - 1))
+        assert plan[t - 1] == left
+
+
+@pytest.mark.parametrize("schedule, hole, expected", [
+    ("linear", 10, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]),                       # 1 - 0.9 is below 0.1 in floating point
+    ("cosine", 10, [8, 5, 0]),                                            # cos(60 deg) = 1/2
+    ("cosine", 256, [236, 181, 97, 0]),
+    ("square", 100, [93, 75, 43, 0]),
+    ("sqrt", 100, [50, 29, 13, 0]),
+    ("arccos", 9, [6, 0]),                                                # arccos(1/2) = 60 deg
+])
+def test_plans_by_hand(schedule, hole, expected):
+    assert mask_plan(schedule, torch.tensor([hole]), len(expected)).tolist() == [expected]
+
+
+def test_plan_of_small_holes_and_many_rounds():
+    plan = mask_plan("cosine", torch.tensor([0, 1, 2, 3]), 6)
+    assert plan.tolist() == [[0] * 6, [0] * 6, [1, 0, 0, 0, 0, 0], [2, 1, 0, 0, 0, 0]]
+    assert mask_plan("square", torch.tensor([0, 1, 256]), 1).tolist() == [[0], [0], [0]]
+
+
+def test_plan_refuses_no_rounds_and_keeps_its_argument():
+    with pytest.raises(ValueError, match="total_iter must be at least 1, got 0"):
+        mask_plan("cosine", torch.tensor([4]), 0)
+    hole = torch.tensor([7, 8], dtype=torch.int32)
+    mask_plan("linear", hole, 3)
+    assert hole.tolist() == [7, 8]

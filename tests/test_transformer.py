@@ -1,0 +1,247 @@
+"""models/transformer.py: size of the reference setting, tied output, equivariance, both norms."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.attention import count_parameters
+from models.transformer import BidirectionalTransformer, TransformerConfig
+
+SMALL = dict(codebook_size=11, seq_len=9, embed_dim=16, depth=2, num_heads=2, mlp_dim=32)
+
+
+def transformer(**options) -> BidirectionalTransformer:
+    torch.manual_seed(0)
+    return BidirectionalTransformer(TransformerConfig(**(SMALL | options))).eval()
+
+
+def lively(**options) -> BidirectionalTransformer:
+    """Weights so large that everything that can have an effect has a visible one."""
+    model = transformer(**options)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+def tokens(batch: int = 3, mask_token: bool = True) -> torch.Tensor:
+    out = torch.randint(11, (batch, 9), generator=torch.Generator().manual_seed(2))
+    if mask_token:
+        out[:, ::2] = 11
+    return out
+
+
+def test_reference_setting_has_the_published_size():
+    with torch.device("meta"):
+        assert count_parameters(BidirectionalTransformer(TransformerConfig())) == 72_745_472
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_mask_token_cannot_be_predicted(pre_norm):
+    model, x = lively(pre_norm=pre_norm), tokens(mask_token=False)
+    assert model.mask_token_id == 11
+    before = model(x)
+    assert before.shape == (3, 9, 11)
+    with torch.no_grad():
+        model.token_embed.weight[11] += 100
+        model.bias[:, 11] += 100
+    assert torch.equal(model(x), before)
+    assert not torch.equal(model(tokens()), before)
+
+
+def test_output_embedding_is_the_input_embedding():
+    model, x = lively(), tokens()
+    x[x == 5] = 4    # code 5 is never an input, so its row acts as an output only
+    before = model(x)
+    with torch.no_grad():
+        model.token_embed.weight[5] *= 2
+        model.bias[:, 5] *= 2
+    after = model(x)
+    torch.testing.assert_close(after[..., 5], 2 * before[..., 5])
+    others = torch.arange(11) != 5
+    assert torch.equal(after[..., others], before[..., others])
+
+
+def test_every_position_has_a_bias_of_its_own():
+    model, x = lively(), tokens()
+    before = model(x)
+    with torch.no_grad():
+        model.bias[4, 7] += 1
+    change = torch.zeros(9, 11)
+    change[4, 7] = 1
+    torch.testing.assert_close(model(x) - before, change.expand(3, -1, -1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_positions_come_from_the_learned_embedding_alone(pre_norm):
+    model, x = lively(pre_norm=pre_norm, qk_norm=pre_norm, pixel_dim=4), tokens()
+    pixels = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(4))
+
+    def moves_along() -> bool:
+        return torch.allclose(model(x[:, order], pixels[:, order]), model(x, pixels)[:, order], rtol=1e-4, atol=1e-4)
+
+    bias = model.bias.data.clone()
+    nn.init.zeros_(model.bias)
+    assert not moves_along()
+    nn.init.zeros_(model.pos_embed)
+    assert moves_along()
+    model.bias.data.copy_(bias)
+    assert not moves_along()
+
+
+def test_pixels_are_taken_if_and_only_if_the_model_has_them():
+    x, pixels = tokens(), torch.randn(3, 9, 4)
+    with pytest.raises(ValueError, match="pixel_dim=0, so `pixels` must not be given"):
+        transformer()(x, pixels)
+    with pytest.raises(ValueError, match="pixel_dim=4, so `pixels` must be given"):
+        transformer(pixel_dim=4)(x)
+    model = lively(pixel_dim=4)
+    seen = torch.autograd.grad(model(x, pixels.requires_grad_())[:, 0].sum(), pixels)[0]
+    assert (seen.abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_deep_models_stay_finite(pre_norm):
+    model, x = transformer(pre_norm=pre_norm, depth=40), tokens()
+    logits = model(x)
+    F.cross_entropy(logits.flatten(0, 1), x.clamp_max(10).flatten()).backward()
+    assert logits.isfinite().all() and logits.abs().max() < 10
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.blocks[0].attention.qkv.weight.grad.abs().max() > 0
+
+
+def test_norms_are_where_the_config_says():
+    """Post-norm ends every block with unit variance; pre-norm passes a silenced block's input on untouched."""
+    x = 7 * torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(5))
+    post = transformer(pre_norm=False).blocks[0](x)
+    torch.testing.assert_close(post.var(-1, correction=0), torch.ones(2, 9), rtol=1e-3, atol=1e-3)
+    block = transformer(pre_norm=True).blocks[0]
+    for layer in (block.attention.proj, block.mlp[2]):
+        nn.init.zeros_(layer.weight)
+    assert torch.equal(block(x), x)
+    assert isinstance(transformer(pre_norm=True).final_norm, nn.LayerNorm)
+
+
+def test_initial_weights():
+    """BERT's rule; a pre-norm block's two outputs are 1 / sqrt(2 depth) of a post-norm one's, drawn from the same seed."""
+    post, pre = transformer(pre_norm=False, depth=8), transformer(pre_norm=True, depth=8)
+    state = pre.state_dict()
+    for name, value in post.state_dict().items():
+        scale = 0.25 if name.endswith(("attention.proj.weight", "mlp.2.weight")) else 1.0
+        torch.testing.assert_close(state[name], scale * value)
+        if name.endswith(".bias") or name == "bias":
+            assert not value.any()
+    assert abs(post.blocks[0].mlp[0].weight.std() - 0.02) < 0.002 and abs(post.pos_embed.std() - 0.02) < 0.004
+
+
+@pytest.mark.parametrize("options", [{}, dict(pre_norm=True, qk_norm=True)])
+def test_batch_of_two_equals_two_of_one(options):
+    model, x = lively(**options), tokens(batch=2)
+    torch.testing.assert_close(model(x), torch.cat([model(x[:1]), model(x[1:])]), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(x)[0], model(x)[1])
+
+
+@pytest.mark.parametrize("options", [{}, dict(pre_norm=True, qk_norm=True, pixel_dim=4)])
+def test_logits_of_some_positions_are_those_of_all(options):
+    model, x = lively(**options), tokens()
+    pixels = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(3)) if "pixel_dim" in options else None
+    wanted = (x == model.mask_token_id).flatten().nonzero().flatten()
+    expected = model(x, pixels).flatten(0, 1)[wanted]
+    torch.testing.assert_close(model(x, pixels, wanted), expected, rtol=1e-5, atol=1e-5)
+    some = torch.tensor([26, 0, 13])    # any order
+    torch.testing.assert_close(model(x, pixels, some), model(x, pixels).flatten(0, 1)[some], rtol=1e-5, atol=1e-5)
+    assert model(x, pixels, wanted[:0]).shape == (0, 11)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_block_and_head_by_formula(pre_norm):
+    """One block: x + attention(x), then x + W2 gelu(W1 x), normalised before or after; the head as in BERT."""
+    model = lively(pre_norm=pre_norm, depth=1)
+    block, x = model.blocks[0], torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3))
+    (w1, b1), (w2, b2) = ((layer.weight, layer.bias) for layer in (block.mlp[0], block.mlp[2]))
+
+    def mlp(x):
+        return F.gelu(x @ w1.T + b1) @ w2.T + b2
+
+    if pre_norm:
+        y = x + block.attention(block.norm1(x))
+        y = y + mlp(block.norm2(y))
+    else:
+        y = block.norm1(x + block.attention(x))
+        y = block.norm2(y + mlp(y))
+    torch.testing.assert_close(block(x), y, rtol=1e-5, atol=1e-5)
+
+    given = model.embed_norm(model.token_embed(tokens()) + model.pos_embed)
+    hidden = F.gelu(model.head[0](model.final_norm(block(given))))
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    hidden = centred / centred.pow(2).mean(-1, keepdim=True).sqrt() * model.head[2].weight + model.head[2].bias
+    expected = (hidden @ model.token_embed.weight.T + model.bias)[..., :-1]
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_qk_norm_reaches_every_block():
+    with_norm, without = (count_parameters(transformer(qk_norm=on, depth=3)) for on in (True, False))
+    assert with_norm - without == 3 * 2 * (16 // 2)    # a weight for each channel of a query and of a key
+
+
+@pytest.mark.parametrize("place", ["embedding", "attention", "mlp"])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_dropout_is_in_every_place(pre_norm, place):
+    model, x = lively(pre_norm=pre_norm, depth=1, dropout=0.5, attention_dropout=0.0).train(), tokens()
+    block = model.blocks[0]
+    if place == "embedding":
+        block.dropout.p = 0.0
+    else:
+        model.dropout.p = 0.0
+        silent = block.mlp[2] if place == "attention" else block.attention.proj
+        nn.init.zeros_(silent.weight), nn.init.zeros_(silent.bias)    # nothing to drop there
+    torch.manual_seed(0)
+    assert not torch.allclose(model(x), model(x))
+    model.dropout.p = block.dropout.p = 0.0
+    assert torch.allclose(model(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout"])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_dropout_is_on_in_training_only(name, pre_norm):
+    off = dict(dropout=0.0, attention_dropout=0.0)
+    model, x = lively(pre_norm=pre_norm, **(off | {name: 0.5})), tokens()
+    expected = lively(pre_norm=pre_norm, **off).train()(x)
+    torch.testing.assert_close(model(x), expected)
+    torch.manual_seed(0)
+    assert not torch.allclose(model.train()(x), expected)
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("codebook_size", 0, "codebook_size must be at least 1, got 0"),
+    ("seq_len", 0, "seq_len must be at least 1, got 0"),
+    ("embed_dim", -1, "embed_dim must be at least 1, got -1"),
+    ("depth", 0, "depth must be at least 1, got 0"),
+    ("num_heads", 0, "num_heads must be at least 1, got 0"),
+    ("mlp_dim", 0, "mlp_dim must be at least 1, got 0"),
+    ("dropout", 1.0, r"dropout must lie in \[0, 1\), got 1.0"),
+    ("attention_dropout", -0.1, r"attention_dropout must lie in \[0, 1\), got -0.1"),
+    ("pixel_dim", -1, "pixel_dim must be 0 or more, got -1"),
+    ("num_heads", 3, r"embed_dim \(16\) must be divisible by num_heads \(3\)"),
+])
+def test_config_refuses_by_name(name, value, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        TransformerConfig(**(SMALL | {name: value}))
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_one_batch_can_be_learned(pre_norm):
+    """Row by row the hidden tokens differ, so positions alone don't tell them: the visible ones must be read."""
+    model = transformer(pre_norm=pre_norm, qk_norm=pre_norm, dropout=0.0, attention_dropout=0.0).train()
+    truth = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(6))
+    masked = torch.rand(4, 9, generator=torch.Generator().manual_seed(7)) < 0.5
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.96))
+    for _ in range(150):
+        optimizer.zero_grad()
+        logits = model(torch.where(masked, model.mask_token_id, truth))
+        loss = F.cross_entropy(logits[masked], truth[masked])
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05 and torch.equal(logits.argmax(-1)[masked], truth[masked])
