@@ -251,6 +251,8 @@ def table(report: dict) -> str:
         share, pictures = paired["known_pixels_changed"], paired["pictures_with_known_pixels_changed"]
         lines.append(f"hole: {paired['hole_area']:.1%} of the picture on average")
         lines.append(f"known pixels changed: {share:.4%}, in {pictures} of {paired['n']} pictures")
+        ours, truth = (f"{paired[key]:.4f}" for key in ("rim_gradient", "rim_gradient_truth"))
+        lines.append(f"seam: {paired['seam']:.3f} (gradient across the hole's rim {ours}, of the originals {truth})")
     return "\n".join(lines + [f"note: {note}" for note in report["notes"]])
 
 

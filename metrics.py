@@ -141,7 +141,8 @@ def paired_metrics(
     Returns:
         columns of N numbers: psnr (dB), ssim, l1 (on a scale of 0 to 1), perceptual; each also as hole_... over the
         hole alone (nan for a picture without a hole); hole_area (share of the picture); known_pixels and
-        known_changed (counts, a pixel counts once however many of its channels differ).
+        known_changed (counts, a pixel counts once however many of its channels differ); rim_gradient and
+        rim_gradient_truth (see rim_gradient), of the completed picture and of the original.
     """
     check_pairs(pred, truth, masks)
     columns: dict[str, list[Tensor]] = {}
@@ -171,6 +172,8 @@ def batch_metrics(pred: Tensor, truth: Tensor, masks: Tensor, perceptual: Percep
         "hole_area": masks.float().mean(dim=(1, 2, 3)),
         "known_pixels": (~masks).sum(dim=(1, 2, 3)),
         "known_changed": changed,
+        "rim_gradient": rim_gradient(a, masks),
+        "rim_gradient_truth": rim_gradient(b, masks),
     }
     if perceptual is not None:
         columns["perceptual"] = perceptual(2 * a - 1, 2 * b - 1, None)
@@ -183,6 +186,27 @@ def over_hole(metric: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, 
     """metric of each picture's hole pixels: a, b (B, 3, H, W), hole bool like them -> (B,), nan without a hole."""
     rows = zip(a, b, hole, strict=True)
     return torch.stack([metric(x[h], y[h]) if h.any() else torch.tensor(math.nan) for x, y, h in rows])
+
+
+def rim_gradient(images: Tensor, masks: Tensor) -> Tensor:
+    """How steep pictures are across the rim of their holes, where a visible seam would be.
+
+    The mean absolute difference of neighbouring pixels, left and right or above and below, of which exactly one lies in
+    the hole.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        masks: bool (B, 1, H, W), True = hole.
+    Returns:
+        (B,), on the images' scale; nan for a picture without a rim.
+    """
+    total, count = torch.zeros(2, len(images), device=images.device)
+    for dim in (2, 3):
+        steps = images.diff(dim=dim).abs().mean(dim=1, keepdim=True)    # (B, 1, H - 1, W), then (B, 1, H, W - 1)
+        rim = masks.diff(dim=dim)                                       # of bool, diff is "not equal"
+        total += (steps * rim).sum(dim=(1, 2, 3))
+        count += rim.sum(dim=(1, 2, 3))
+    return total / count                                                # 0 / 0 = nan
 
 
 def check_pairs(pred: Tensor, truth: Tensor, masks: Tensor) -> None:
@@ -200,7 +224,10 @@ def check_pairs(pred: Tensor, truth: Tensor, masks: Tensor) -> None:
 
 
 def summarise(columns: dict[str, Tensor]) -> dict:
-    """Means of paired_metrics' columns: whole, hole only, by hole area, and the share of known pixels changed.
+    """Means of paired_metrics' columns: whole, hole only, by hole area, the share of known pixels changed, and the seam.
+
+    The seam is the ratio of the mean gradients across the rim, completed to original: 1 when nothing shows, above 1 for an
+    edge along the rim, below 1 for a blurred one.
 
     Means are over pictures (the mean of PSNRs, not the PSNR of the mean error); a picture without a hole has no part
     in the hole's.
@@ -210,6 +237,7 @@ def summarise(columns: dict[str, Tensor]) -> dict:
     chosen = [(low, high, (area > low) & (area <= high)) for low, high in edges]
     known = columns["known_pixels"].sum().item()
     changed = columns["known_changed"]
+    rim, rim_truth = columns["rim_gradient"].nanmean(), columns["rim_gradient_truth"].nanmean()
     return {
         "n": len(area),
         "hole_area": area.mean().item(),
@@ -222,6 +250,9 @@ def summarise(columns: dict[str, Tensor]) -> dict:
         ],
         "known_pixels_changed": changed.sum().item() / known if known else math.nan,
         "pictures_with_known_pixels_changed": int((changed > 0).sum()),
+        "rim_gradient": rim.item(),
+        "rim_gradient_truth": rim_truth.item(),
+        "seam": (rim / rim_truth).item(),    # tensors: nan or inf, not an error, where the originals are flat
     }
 
 

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 import data
 import evaluate
 from features import Features, Statistics, load_features
-from metrics import HOLE_BINS, Moments, frechet_distance, kernel_distance, load_perceptual, paired_metrics, summarise
+from metrics import (
+    HOLE_BINS,
+    Moments,
+    frechet_distance,
+    kernel_distance,
+    load_perceptual,
+    paired_metrics,
+    rim_gradient,
+    summarise,
+)
 from utils import UserError, run_cli
 
 N, SIDE = 6, 24    # pictures of the small folders, and their height and width
@@ -199,6 +208,49 @@ def test_bins_hold_each_picture_once_and_average_to_the_whole():
     assert [(bin["from"], bin["to"]) for bin in bins] == [(0.10, 0.15), (0.20, 0.25), (0.30, 0.40)]
     assert [bin["whole"]["psnr"] for bin in bins] == pytest.approx(columns["psnr"].tolist())
     assert HOLE_BINS[0] == 0 and HOLE_BINS[-1] == 1 and list(HOLE_BINS) == sorted(HOLE_BINS)
+
+
+def test_rim_gradient_is_the_step_across_the_rim_and_nothing_else():
+    """A stripe hole: 2 SIDE pairs of pixels across its rim, each with a step of 10 on one side and of 30 on the other."""
+    masks = torch.zeros(1, 1, SIDE, SIDE, dtype=torch.bool)
+    masks[..., 8:12] = True
+    image = torch.full((1, 3, SIDE, SIDE), 100, dtype=torch.uint8)
+    image[..., 8:10], image[..., 10:12] = 110, 130    # the step of 20 inside the hole must not count
+    for turned, hole in ((image, masks), (image.mT, masks.mT)):
+        expected = torch.tensor([(10 + 30) / 2 / 255])
+        torch.testing.assert_close(rim_gradient(turned.float() / 255, hole), expected)
+        torch.testing.assert_close(rim_gradient(turned.float() / 255, ~hole), expected)
+
+
+def test_rim_gradient_equals_its_definition_pixel_by_pixel():
+    image, mask = random_images(1, side=12)[0].float() / 255, torch.rand(12, 12, generator=rng(2)) < 0.4
+    steps = [
+        (image[:, y, x] - image[:, v, u]).abs().mean().item()
+        for y in range(12) for x in range(12) for v, u in ((y + 1, x), (y, x + 1))
+        if v < 12 and u < 12 and mask[y, x] != mask[v, u]
+    ]
+    assert rim_gradient(image[None], mask[None, None]).item() == pytest.approx(sum(steps) / len(steps), rel=1e-5)
+
+
+def test_seam_is_the_ratio_of_the_mean_gradients():
+    """Columns that rise by 8, and a stripe lifted by d: across its rim the steps are 8 + d and |8 - d|."""
+    ramp = (torch.arange(SIDE) * 8).to(torch.uint8).expand(2, 3, SIDE, SIDE)
+    masks = torch.zeros(2, 1, SIDE, SIDE, dtype=torch.bool)
+    masks[..., 4:8] = True
+    summary = summarise(paired_metrics(torch.where(masks, ramp + 4, ramp), ramp, masks))
+    assert summary["rim_gradient_truth"] == pytest.approx(8 / 255) and summary["seam"] == pytest.approx(1)
+    summary = summarise(paired_metrics(torch.where(masks, ramp + 64, ramp), ramp, masks))
+    assert summary["rim_gradient"] == pytest.approx((72 + 56) / 2 / 255) and summary["seam"] == pytest.approx(8)
+    columns = paired_metrics(ramp, ramp, masks & torch.tensor([True, False])[:, None, None, None])
+    assert columns["rim_gradient"].isnan().tolist() == [False, True] and summarise(columns)["seam"] == 1
+
+
+def test_a_seam_over_flat_originals_has_no_number():
+    flat = torch.full((1, 3, SIDE, SIDE), 7, dtype=torch.uint8)
+    masks = torch.zeros(1, 1, SIDE, SIDE, dtype=torch.bool)
+    masks[..., 4:8] = True
+    assert summarise(paired_metrics(flat.masked_fill(masks, 9), flat, masks))["seam"] == math.inf
+    assert math.isnan(summarise(paired_metrics(flat, flat, masks))["seam"])
 
 
 def test_paired_metrics_refuse_what_does_not_match():
@@ -425,6 +477,10 @@ def stacked(folder: Path) -> Tensor:
     return torch.stack([data.read_image(path) for path in data.find_images(folder).values()])
 
 
+def read_holes(folders: Path) -> Tensor:
+    return torch.stack([data.read_mask(path) for path in data.find_images(folders / "masks").values()])
+
+
 def test_the_program_reports_what_the_functions_give(folders, colour, capsys):
     report = scores(flags(folders, "--masks", folders / "masks", "--features", colour), folders)
     pred, truth = stacked(folders / "pred"), stacked(folders / "truth")
@@ -436,12 +492,17 @@ def test_the_program_reports_what_the_functions_give(folders, colour, capsys):
     assert report["kernel"] == {"name": "KD-MeanColour"} | kernel_distance(network(truth), network(pred))
     assert report["paired"]["known_pixels_changed"] == 0
     assert report["paired"]["hole_area"] == pytest.approx(0.25)
+    rim = rim_gradient(pred.float() / 255, read_holes(folders)).mean().item()
+    assert report["paired"]["rim_gradient"] == pytest.approx(rim)
+    assert report["paired"]["seam"] == pytest.approx(rim / report["paired"]["rim_gradient_truth"])
+    assert {"rim_gradient", "rim_gradient_truth"} <= set(report["per_picture"]["cat_0"])
     psnr = 10 * (255**2 / (pred.double() - truth.double()).square().mean((1, 2, 3))).log10()
     assert report["paired"]["whole"]["psnr"] == pytest.approx(psnr.mean().item(), rel=1e-5)
     assert list(report["per_picture"]) == [f"cat_{i}" for i in range(N)]
     assert torch.__version__.startswith(report["versions"]["torch"]) and "--features" in report["command"]
     printed = capsys.readouterr().out
     assert f"{distance:.3f}" in printed and "FD-MeanColour" in printed and "FID" not in printed
+    assert f"seam: {report['paired']['seam']:.3f}" in printed
     assert "hole only" in printed and "known pixels changed: 0.0000%, in 0 of 6 pictures" in printed
 
 
