@@ -26,13 +26,12 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import utils
-from data import DataError, pair, read_image, read_mask, to_uint8, write_image
+from data import to_uint8, write_image
 from models import MaskGIT
 from models.decoding import DECODERS, Round
 from models.pictures import finish, shrink
 from models.schedule import SCHEDULES
-
-HERE = Path(__file__).resolve().parent
+from tasks import Pair, add_flags, check_counts, load_model, read_pair, usable_pairs
 
 
 @dataclass
@@ -47,25 +46,17 @@ class Job:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
     flag = parser.add_argument
-    flag("--checkpoint", default=str(HERE / "checkpoints/cat64.safetensors"), help="model (default: the bundled one)")
-    flag("--images", default=str(HERE / "samples/images"), help="picture or folder (default: the bundled samples)")
-    flag("--masks", default=str(HERE / "samples/masks"), help="mask or folder; black = hole")
-    flag("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole in mask files")
-    flag("--output", default="out", help="folder for the results (default: %(default)s)")
     flag("--mask-func", default="cosine", metavar="NAME", help=f"schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
     flag("--total-iter", type=int, default=10, help="T, rounds of the schedule (default: %(default)s)")
     flag("--sweet-spot", type=int, help="stop after this round, 1..T; the schedule still follows T (default: T)")
     flag("--decoder", default="maskgit", metavar="NAME", help=f"{', '.join(DECODERS)} (default: %(default)s)")
     flag("--temperature", type=float, default=1.0, help="below 1: safer, 0: likeliest token (default: %(default)s)")
     flag("--choice-temperature", type=float, default=4.5, help="noise in the order of filling (default: %(default)s)")
-    flag("--batch-size", type=int, default=16, help="pictures completed together (default: %(default)s)")
     flag("--num-samples", type=int, default=1, help="completions of each picture: NAME_s0.png, NAME_s1.png, ...")
     flag("--seed", type=int, default=0)
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     flag("--save-steps", action="store_true", help="write pictures, token masks and an animation of the rounds")
-    flag("--paste", action=argparse.BooleanOptionalAction, default=True, help="put the known pixels back, bit for bit")
-    flag("--skip-bad", action="store_true", help="leave out unreadable pictures instead of stopping")
     return parser.parse_args(argv)
 
 
@@ -75,9 +66,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise utils.UserError(f"unknown --mask-func {args.mask_func!r}; expected one of {', '.join(SCHEDULES)}")
     if args.decoder not in DECODERS:
         raise utils.UserError(f"unknown --decoder {args.decoder!r}; expected one of {', '.join(DECODERS)}")
-    for name in ("total_iter", "batch_size", "num_samples"):
-        if getattr(args, name) < 1:
-            raise utils.UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    check_counts(args, "total_iter", "batch_size", "num_samples")
     if args.sweet_spot is not None and not 1 <= args.sweet_spot <= args.total_iter:
         raise utils.UserError(f"--sweet-spot must lie in 1..{args.total_iter} (--total-iter), got {args.sweet_spot}")
     for name in ("temperature", "choice_temperature"):
@@ -85,35 +74,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise utils.UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
 
 
-def read_pair(image_path: Path, mask_path: Path, hole: str) -> tuple[Tensor, Tensor]:
-    """A picture (3, H, W) uint8 and its hole (1, H, W) bool, which must agree in size and leave something known."""
-    image, mask = read_image(image_path), read_mask(mask_path, hole)
-    if mask.shape[1:] != image.shape[1:]:
-        sizes = f"{mask.shape[2]}x{mask.shape[1]}, the picture {image_path.name} {image.shape[2]}x{image.shape[1]}"
-        raise DataError(f"mask {mask_path} is {sizes}; they must have the same size")
-    if bool(mask.all()):
-        raise DataError(f"mask {mask_path} hides the whole picture: nothing is left to complete it from (see --mask-hole)")
-    return image, mask
-
-
-def usable_pairs(args: argparse.Namespace) -> list[tuple[str, Path, Path]]:
-    """Read everything once, so that a bad file stops the run before the first result is written."""
-    pairs, good = pair(args.images, args.masks), []
-    for stem, image_path, mask_path in tqdm(pairs, desc="checking", unit="picture", leave=False, disable=None):
-        try:
-            read_pair(image_path, mask_path, args.mask_hole)
-        except DataError as error:
-            if not args.skip_bad:
-                raise
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        good.append((stem, image_path, mask_path))
-    if not good:
-        raise utils.UserError(f"none of the {len(pairs)} pictures in {args.images} could be used")
-    return good
-
-
-def jobs(args: argparse.Namespace, pairs: list[tuple[str, Path, Path]]) -> Iterator[Job]:
+def jobs(args: argparse.Namespace, pairs: list[Pair]) -> Iterator[Job]:
     """Every completion to make. Its seed depends on --seed, the picture's name and the sample's number only."""
     for stem, image_path, mask_path in pairs:
         image, hole = read_pair(image_path, mask_path, args.mask_hole)
@@ -165,13 +126,6 @@ def write_steps(job: Job, pictures: Tensor, masks: Tensor, output: Path) -> None
     with utils.atomic_write(output / "steps" / f"{job.name}.gif") as temporary:
         times = [600] + [250] * (len(rest) - 1) + [1500]                       # ms
         first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=times, loop=0)
-
-
-def load_model(path: str, device: torch.device) -> MaskGIT:
-    try:
-        return MaskGIT.from_file(path).to(device)
-    except ValueError as error:
-        raise utils.UserError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
