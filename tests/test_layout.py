@@ -24,14 +24,16 @@ LIBRARIES = {
     "data": {"dataset_tools"},    # in a function only: its command line, which needs the module as a whole
     "dataset_tools": {"data"},
     "features": {"metrics", "utils"},
+    "figures": {"data", "models", "utils"},
     "metrics": {"models.perceptual", "utils"},
+    "tasks": {"data", "models", "utils"},
     "token_cache": {"data", "training", "utils"},
     "training": {"data", "utils"},
     "utils": set(),
 }
 SCRIPTS = {
-    "baselines", "benchmark", "demo", "evaluate", "export", "generate", "inpainting", "sweep", "training_finish",
-    "training_transformer", "training_vqgan",
+    "baselines", "benchmark", "demo", "evaluate", "export", "generate", "inpainting", "ladder", "reconstruct", "sweep",
+    "training_finish", "training_transformer", "training_vqgan",
 }    # fmt: skip
 LEAVES = {"models.attention", "models.autoencoder", "models.codebook", "models.schedule"}
 ONLY_IN_FUNCTIONS = {("data", "dataset_tools")}
@@ -44,6 +46,7 @@ CONFIG_CLASSES = {
     "transformer": ("models.transformer", "TransformerConfig"),
     "train_vqgan": ("training_vqgan", "TrainVQGANConfig"),
     "train_transformer": ("training_transformer", "TrainTransformerConfig"),
+    "train_finish": ("training_finish", "FinishConfig"),
 }
 
 LARGEST = 24_000_000    # bytes
