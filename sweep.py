@@ -39,6 +39,7 @@ from models import MaskGIT
 from models.decoding import DECODERS
 from models.maskgit import pixel_to_token_mask
 from models.schedule import SCHEDULES
+from tasks import load_model
 from utils import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -449,10 +450,7 @@ def load(args: argparse.Namespace) -> tuple[MaskGIT, Pictures, Judge]:
         args.features, inception_weights=args.inception_weights, name=args.features_name, device=device
     )
     perceptual = load_perceptual(args.perceptual_weights, device) if args.perceptual_weights else None
-    try:
-        model = MaskGIT.from_file(args.checkpoint).to(device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model = load_model(args.checkpoint, device)
     pictures = load_pictures(args, model.image_size)
     if args.show and args.show not in pictures.stems:
         raise UserError(f"--show {args.show}: not among the pictures, which begin with {', '.join(pictures.stems[:3])}")
