@@ -1,7 +1,6 @@
-r"""Put the parts of a model into one file to share: half precision, config and notes in its metadata.
+"""Put the parts of a model into one file to share: half precision, config and notes in its metadata.
 
-    python export.py --transformer runs/maskgit/best.pt \
-        --vqgan runs/finish/maskgit.safetensors --output out/cat.safetensors
+    python export.py --transformer runs/maskgit/best.pt --vqgan runs/vqgan/last.pt --output out/cat.safetensors
 
 `--transformer` is a stage-2 checkpoint (its averaged weights are taken). `--vqgan` replaces the VQGAN inside it by a better
 one for the same tokens: a stage-1 checkpoint or a model file, e.g. of training_finish.py.

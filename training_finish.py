@@ -1,7 +1,8 @@
-r"""Finish the decoder on sampled tokens (after stage 2): a completed hole is made of predictions, not of true tokens.
+"""Finish the decoder on sampled tokens (after stage 2): a completed hole is made of predictions, not of true tokens.
 
-    python training_finish.py --config configs/cat64.yml --model runs/maskgit/maskgit.safetensors \
-        --vqgan runs/vqgan/last.pt --train-dir PICTURES --val-dir PICTURES --output-dir runs/finish
+    python training_finish.py --model runs/maskgit/maskgit.safetensors --vqgan runs/vqgan/last.pt ...
+
+(the other flags are those of the two stages: --config, --train-dir, --val-dir, --output-dir, ...)
 
 Encoder, codebook and transformer stand still; the decoder and its discriminator go on from stage 1 (`--vqgan`). Half of
 every batch keeps its true tokens and the losses of stage 1, so that the decoder forgets nothing; the other half gets its

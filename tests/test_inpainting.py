@@ -55,7 +55,8 @@ def folders(tmp_path):
 
 def run(checkpoint, folders, *flags: str, out: str = "out") -> dict[str, torch.Tensor]:
     """Run the script in process; returns the pictures it wrote, by name."""
-    argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks", "--output", folders / out]
+    argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks"]
+    argv += ["--output", folders / out]
     assert inpainting.main([str(a) for a in argv] + ["--device", "cpu", *flags]) == 0
     return {p.stem: read_image(p) for p in sorted((folders / out / "images").iterdir())}
 
@@ -247,8 +248,8 @@ CASES = {
     "not an image": "cat_4.png", "mask of another size": "same size", "all hole": "whole picture",
     "output is a file": "not writable", "checkpoint missing": "not found", "checkpoint truncated": "truncated",
     "checkpoint of another kind": "no config", "checkpoint of another config": "does not fit", "unknown schedule": "sinus",
-    "unknown decoder": "beam", "no rounds": "at least 1", "sweet spot beyond T": "1..4", "negative temperature": "temperature",
-    "temperature nan": "temperature", "no samples": "--num-samples", "unknown device": "abacus", "no cuda": "CUDA",
+    "unknown decoder": "beam", "no rounds": "at least 1", "sweet spot beyond T": "1..4",
+    "negative temperature": "temperature", "temperature nan": "temperature", "no samples": "--num-samples", "unknown device": "abacus", "no cuda": "CUDA",
 }    # fmt: skip
 
 
