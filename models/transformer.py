@@ -131,7 +131,15 @@ class BidirectionalTransformer(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)                                                            # (B, N, D)
         x = self.blocks[-1](x, wanted)                                              # (B, N, D) or (M, D)
-        x = self.head(self.final_norm(x))                                           # the same
+        if self.training:
+            return self.logits(x, wanted)
+        # A small part of the work, which decides between codes that are nearly tied: in float32 whatever autocast says.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.logits(x.float(), wanted)
+
+    def logits(self, x: Tensor, wanted: Tensor | None) -> Tensor:
+        """The head: (B, N, D) to (B, N, K), or (M, D) to (M, K)."""
+        x = self.head(self.final_norm(x))                                           # like x
         K, N = self.config.codebook_size, self.config.seq_len
         bias = self.bias[:, :K] if wanted is None else self.bias[wanted % N, :K]    # (N, K) or (M, K)
         return x @ self.token_embed.weight[:K].T.to(x.dtype) + bias                 # (B, N, K) or (M, K)

@@ -437,6 +437,17 @@ def test_a_transformer_gives_logits_where_they_are_wanted(pre_norm):
     torch.testing.assert_close(transformer(tokens, wanted=places), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_codes_are_told_apart_in_float32(model):
+    image, mask = pictures(4)
+    tokens, pixels = torch.full((4, 64), model.mask_token_id), model.pixels_of(image, mask)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = model.masked_logits(tokens, pixels)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, half.bfloat16().float())    # not rounded to 8 bits, which would tie codes
+    full = model.masked_logits(tokens, pixels)
+    assert (half.argmax(-1) == full.argmax(-1)).float().mean() > 0.97
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_completions_of_a_batch_equal_single_ones(model, decoder):
     image, mask = pictures(4)
