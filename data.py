@@ -243,20 +243,35 @@ class ShardStream(IterableDataset):
     world_size: int
     start: int
     buffer: int
+    bad_images: str = "error"
 
     def __iter__(self) -> Iterator[Tensor]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        for position, sample in self._shuffled(self.start * self.world_size):
+        bad: list[DataError] = []
+        for position, candidates in self._shuffled(self.start * self.world_size):
             index, rank = divmod(position, self.world_size)
             if rank == self.rank:
-                mine = sample
+                mine = candidates
             turn = (index - self.start) // self.batch_size % workers
             if rank == self.world_size - 1 and turn == worker:    # now every rank has one: all give equally many
-                yield self._decode(mine)
+                yield self._first_good(mine, bad)
+        if bad:
+            print(f"skipped {len(bad)} pictures, others took their places; the first: {bad[0]}", file=sys.stderr)
 
-    def _shuffled(self, first: int) -> Iterator[tuple[int, dict]]:
-        """The epoch's samples from position `first` on, all ranks together, as (position, undecoded sample).
+    def _first_good(self, candidates: Iterator[dict], bad: list[DataError]) -> Tensor:
+        for sample in candidates:
+            try:
+                return self._decode(sample)
+            except DataError as error:
+                if self.bad_images == "error":
+                    raise
+                bad.append(error)
+        raise DataError(f"none of {self.buffer} pictures in a row can be read; the last: {bad[-1]}")
+
+    def _shuffled(self, first: int) -> Iterator[tuple[int, Iterator[dict]]]:
+        """The epoch's samples from position `first` on, all ranks together: (position, undecoded sample and who takes its
+        place if it can't be read: those that follow it in its buffer, which all ranks see alike).
 
         Shards come in the order of (seed, epoch); inside, each run of `buffer` samples is permuted by itself, so that
         an earlier run need not be replayed and no more than `buffer` samples are held.
@@ -272,7 +287,7 @@ class ShardStream(IterableDataset):
             if self.seed is not None:
                 order = np.random.default_rng((self.seed, self.epoch, block + 1)).permutation(len(chunk))
             for i in range(offset, len(chunk)):
-                yield block * self.buffer + i, chunk[order[i]]
+                yield block * self.buffer + i, _cycle(chunk, order, i)
             block, offset = block + 1, 0
 
     def _decode(self, sample: dict) -> Tensor:
@@ -285,7 +300,7 @@ class ShardStream(IterableDataset):
 
 
 def open_shards(pattern: str, size: int, *, batch_size: int = 1, seed: int | None = 0, epoch: int = 0, rank: int = 0,
-                world_size: int = 1, start: int = 0, buffer: int = 4096) -> ShardStream:
+                world_size: int = 1, start: int = 0, buffer: int = 4096, bad_images: str = "error") -> ShardStream:
     """Stream one epoch of pictures from WebDataset shards: an iterable of uint8 (3, size, size), cut as in load_folder.
 
     The order is a function of (seed, epoch) alone, and rank r takes samples r, r + world_size, ...: batch k of a rank
@@ -300,6 +315,7 @@ def open_shards(pattern: str, size: int, *, batch_size: int = 1, seed: int | Non
         start: samples of this rank to skip; batch k begins at start = k * batch_size. They are read, not decoded.
         buffer: undecoded samples held, and shuffled among each other. `shards` writes in random order, so that a
             buffer smaller than the set suffices.
+        bad_images: "skip" puts another picture of the buffer in the place of one that can't be read, and says so.
     """
     import webdataset
 
@@ -311,7 +327,12 @@ def open_shards(pattern: str, size: int, *, batch_size: int = 1, seed: int | Non
     missing = [url for url in urls if ":" not in url and not Path(url).is_file()]
     if missing:
         raise DataError(f"{len(missing)} of {len(urls)} shard(s) of {pattern} do not exist; the first: {missing[0]}")
-    return ShardStream(urls, size, batch_size, seed, epoch, rank, world_size, start, buffer)
+    return ShardStream(urls, size, batch_size, seed, epoch, rank, world_size, start, buffer, bad_images)
+
+
+def _cycle(chunk: list[dict], order: np.ndarray, first: int) -> Iterator[dict]:
+    for i in range(len(chunk)):
+        yield chunk[order[(first + i) % len(chunk)]]
 
 
 def _read_shards(urls: list[str]) -> Iterator[dict]:

@@ -121,7 +121,7 @@ def _open(path: Path) -> Iterator[Any]:
 def _read(piece: Piece, size: int, bad_images: str, bad: list[DataError]) -> Iterator[Tensor]:
     """A piece's pictures, (n, 3, size, size) uint8 at a time. What is wrong with pictures that are skipped goes to `bad`."""
     if piece.shard is not None:
-        stream = iter(open_shards(piece.shard, size, seed=None))
+        stream = iter(open_shards(piece.shard, size, seed=None, bad_images=bad_images))
         while images := list(islice(stream, PIECE)):
             yield torch.stack(images)
         return

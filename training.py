@@ -177,6 +177,7 @@ class ShardPictures:
     rank: int
     processes: int
     workers: int      # processes that decode ahead; 0: none, decode when asked
+    bad_images: str   # error or skip
     next_step: int = -1
     stream: Iterator[Tensor] = iter(())
 
@@ -189,7 +190,8 @@ class ShardPictures:
         if step != self.next_step or k == 0:
             mine = self.batch_size // self.processes
             shards = open_shards(self.pattern, self.size, batch_size=mine, seed=self.seed, epoch=epoch,
-                                 rank=self.rank, world_size=self.processes, start=k * mine)    # fmt: skip
+                                 rank=self.rank, world_size=self.processes, start=k * mine,
+                                 bad_images=self.bad_images)    # fmt: skip
             # A generator of its own: the loader would draw from the global one, which dropout draws from as well.
             self.stream = iter(DataLoader(shards, mine, num_workers=self.workers, drop_last=True,
                                           worker_init_fn=_ignore_signals, generator=torch.Generator()))    # fmt: skip
@@ -218,7 +220,8 @@ def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictu
     elif len(paths) == 1:
         shards = open_shards(paths[0], size).urls
         count = args.train_pictures or on_main(accelerator, lambda: sum(map(count_pictures, shards)))
-        pictures = ShardPictures(paths[0], count, size, c.batch_size, **place, workers=args.workers)
+        pictures = ShardPictures(paths[0], count, size, c.batch_size, **place, workers=args.workers,
+                                 bad_images=args.bad_images)    # fmt: skip
     else:
         raise utils.UserError("--train-dir takes folders, or one quoted pattern of shards such as 'cats-{0000..0099}.tar'")
     check_one_batch(len(pictures), c)

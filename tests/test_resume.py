@@ -1,0 +1,194 @@
+"""A run that was stopped or killed, and resumed, is the uninterrupted run, bit for bit."""
+
+import os
+import random
+import re
+import signal
+
+import pytest
+import torch
+from tiny_runs import (
+    STEPS,
+    Child,
+    assert_same_run,
+    checkpoint,
+    kill_at,
+    make_setting,
+    metrics,
+    run,
+    succeed,
+    wait_for_step,
+)  # fmt: skip
+
+import training
+import utils
+
+STAGES = ("vqgan", "transformer")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return make_setting(tmp_path_factory.mktemp("setting"))
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def whole(request, setting, tmp_path_factory):
+    """(stage, folder of a run that nobody interrupted)"""
+    folder = tmp_path_factory.mktemp(request.param) / "whole"
+    succeed(request.param, setting.argv(request.param, folder))
+    return request.param, folder
+
+
+def test_the_uninterrupted_run_does_all_that_a_resume_must_restore(whole):
+    stage, folder = whole
+    steps = [line for line in metrics(folder) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    state = checkpoint(folder, stage)
+    assert state["step"] == STEPS
+    assert state["best"] == min(line["val_loss"] for line in metrics(folder) if "val_loss" in line)
+    if stage == "vqgan":
+        assert [("adversarial" in line) for line in steps] == [step >= 5 for step in range(STEPS)]
+        assert any(line.get("codes_used", 1) < 1 for line in steps), "no code was ever restarted"
+    else:
+        assert len({line["learning_rate"] for line in steps}) > 1, "the plateau was never reached"
+
+
+def test_killed_again_and_again(whole, setting, tmp_path):
+    stage, folder = whole
+    # 2 micro-batches a step, 3 steps an epoch, last.pt each 2 steps. Killed in step 1 (first checkpoint only), 4, 8, 10, 11:
+    # between two micro-batches, at the first step of an epoch, and after the tokens were frozen.
+    done, micro_batches = 0, (1, 7, 11, 6, 5)
+    for micro in micro_batches:
+        child = run(stage, setting.argv(stage, tmp_path / "a", "--resume", "auto"), kill_at(micro))
+        assert child.code == -signal.SIGKILL
+        step = done + micro // 2
+        assert max((line["step"] for line in metrics(tmp_path / "a")), default=0) == step
+        done = checkpoint(tmp_path / "a", stage)["step"]
+        assert done == step - step % 2
+    assert done == 10
+    succeed(stage, setting.argv(stage, tmp_path / "a", "--resume", "auto"))
+    assert_same_run(folder, tmp_path / "a", stage)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_from_outside_at_random(whole, setting, tmp_path, seed):
+    stage, folder = whole
+    child = Child(stage, setting.argv(stage, tmp_path / "a"))
+    wait_for_step(tmp_path / "a", random.Random(f"{stage} {seed}").randrange(1, STEPS))
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait().code == -signal.SIGKILL
+    succeed(stage, setting.argv(stage, tmp_path / "a", "--resume", "auto"))
+    assert_same_run(folder, tmp_path / "a", stage)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_request_ends_the_step_saves_and_says_so(whole, setting, tmp_path, number, code):
+    stage, folder = whole
+    child = Child(stage, setting.argv(stage, tmp_path / "a"))
+    wait_for_step(tmp_path / "a", 4)
+    os.kill(child.pid, number)
+    child.wait()
+    assert child.code == code and child.errors == []
+    step = metrics(tmp_path / "a")[-1]["step"]
+    assert f"stopped by signal {int(number)} after step {step}; continue with --resume auto" in child.text
+    assert checkpoint(tmp_path / "a", stage)["step"] == step < STEPS
+    succeed(stage, setting.argv(stage, tmp_path / "a", "--resume", "auto"))
+    assert_same_run(folder, tmp_path / "a", stage)
+
+
+def test_resume_from_a_file_in_a_new_folder(whole, setting, tmp_path):
+    stage, folder = whole
+    run(stage, setting.argv(stage, tmp_path / "a"), kill_at(2 * 7))
+    last = tmp_path / "a" / "last.pt"
+    succeed(stage, setting.argv(stage, tmp_path / "b", "--resume", str(last)))
+    one, two = (checkpoint(f, stage) for f in (folder, tmp_path / "b"))
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    assert metrics(tmp_path / "b") == [line for line in metrics(folder) if line["step"] > 6]
+    assert (tmp_path / "b" / "best.pt").exists()    # the best from there on
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole, setting):
+    stage, folder = whole
+    before = (folder / "last.pt").read_bytes(), metrics(folder)
+    succeed(stage, setting.argv(stage, folder, "--resume", "auto"))
+    assert ((folder / "last.pt").read_bytes(), metrics(folder)) == before
+
+
+def test_accumulation_may_change_on_the_way(whole, setting, tmp_path):
+    """Other micro-batches, same batch: equal up to rounding. Dropout would draw other numbers, so it is off."""
+    stage, _ = whole
+    off = ["--set", "transformer.dropout=0.0", "--set", "transformer.attention_dropout=0.0"]
+    flags = ["--set", f"train_{stage}.precision=fp32", *(off if stage == "transformer" else [])]
+    ends = []
+    for accum in (1, 2, 4):
+        succeed(stage, setting.argv(stage, tmp_path / f"{accum}", "--epochs", "1", "--accum-grad", str(accum), *flags))
+        ends.append([line["loss"] for line in metrics(tmp_path / f"{accum}") if "loss" in line])
+    for losses in ends[1:]:
+        assert losses == pytest.approx(ends[0], abs=1e-4)
+    # A checkpoint of one may be continued with the other.
+    succeed(stage, setting.argv(stage, tmp_path / "1", "--epochs", "1", "--accum-grad", "2", "--resume", "auto", *flags))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ([], "holds a run already"),
+        (["--resume", "auto", "--learning-rate", "0.5"], "learning_rate is 0.5, the checkpoint was trained with"),
+        (["--resume", "auto", "--set", "vqgan.encoder_width=8"], "is 8, the checkpoint was trained with 16|VQGAN"),
+        (["--resume", "nowhere.pt"], "nowhere.pt can't be read"),
+    ],
+)
+def test_what_is_no_continuation_is_refused(setting, tmp_path, stage, flags, sentence):
+    run(stage, setting.argv(stage, tmp_path / "a"), kill_at(3))
+    if stage == "transformer" and "vqgan.encoder_width=8" in flags:
+        pytest.skip("stage 2 takes the VQGAN from its checkpoint, not from the config")
+    child = run(stage, setting.argv(stage, tmp_path / "a", *flags))
+    assert child.code == 2 and len(child.errors) == 1 and re.search(sentence, child.errors[0]), child.text
+
+
+def test_other_pictures_are_no_continuation(setting, tmp_path):
+    run("vqgan", setting.argv("vqgan", tmp_path / "a"), kill_at(3))
+    child = run("vqgan", setting.argv("vqgan", tmp_path / "a", "--resume", "auto", train=setting.root / "val"))
+    assert child.code == 2 and "fewer than one batch" in child.text
+    args = setting.argv("vqgan", tmp_path / "a", "--resume", "auto")
+    args.insert(args.index("--train-dir") + 1, str(setting.root / "val"))
+    child = run("vqgan", args)
+    assert child.code == 2 and "the run began with 24 pictures, now there are 30" in child.errors[0]
+
+
+def test_another_vqgan_is_no_continuation(setting, tmp_path):
+    argv = setting.argv("transformer", tmp_path / "a", "--token-cache", str(tmp_path / "t"))
+    run("transformer", argv, kill_at(3))
+    state = utils.load_checkpoint(setting.vqgan, "vqgan-training")
+    state["ema"]["decoder.from_code.bias"] += 1    # same tokens, another decoder
+    utils.save_checkpoint(tmp_path / "other.pt", state)
+    argv[argv.index("--vqgan") + 1] = str(tmp_path / "other.pt")
+    child = run("transformer", [*argv, "--resume", "auto"])
+    assert child.code == 2 and "trained with another VQGAN than --vqgan gives" in child.errors[0]
+
+
+def test_tokens_stay_frozen_after_a_resume(setting, tmp_path):
+    """From the freezing on, encoder and codebook are the averaged ones and never change again, killed or not."""
+    argv = setting.argv("vqgan", tmp_path / "a", "--resume", "auto", "--set", "train_vqgan.save_every=1")
+    run("vqgan", argv, kill_at(2 * 10))
+    frozen = checkpoint(tmp_path / "a", "vqgan")
+    assert frozen["step"] == 10
+    succeed("vqgan", argv)
+    end = checkpoint(tmp_path / "a", "vqgan")
+    names = [name for name in end["model"] if name.startswith(("encoder.", "codebook."))]
+    assert names
+    for name in names:
+        assert torch.equal(end["model"][name], frozen["model"][name]) and torch.equal(end["ema"][name], end["model"][name])
+    assert any(not torch.equal(end["model"][name], frozen["model"][name]) for name in end["model"])    # the decoder goes on
+
+
+def test_the_older_checkpoint_format_is_read(setting, tmp_path):
+    """Checkpoints from before skipped steps and pictures were counted: without those keys."""
+    succeed("vqgan", setting.argv("vqgan", tmp_path / "a", "--epochs", "1"))
+    state = checkpoint(tmp_path / "a", "vqgan")
+    del state["skipped"], state["pictures"]
+    utils.save_checkpoint(tmp_path / "a" / "last.pt", state)
+    succeed("vqgan", setting.argv("vqgan", tmp_path / "a", "--epochs", "1", "--resume", "auto"))
+    progress = training.Progress(pictures=24)
+    assert progress.skipped == 0 and progress.step == 0
