@@ -249,7 +249,8 @@ CASES = {
     "output is a file": "not writable", "checkpoint missing": "not found", "checkpoint truncated": "truncated",
     "checkpoint of another kind": "no config", "checkpoint of another config": "does not fit", "unknown schedule": "sinus",
     "unknown decoder": "beam", "no rounds": "at least 1", "sweet spot beyond T": "1..4",
-    "negative temperature": "temperature", "temperature nan": "temperature", "no samples": "--num-samples", "unknown device": "abacus", "no cuda": "CUDA",
+    "negative temperature": "temperature", "temperature nan": "temperature",
+    "no samples": "--num-samples", "unknown device": "abacus", "no cuda": "CUDA",
 }    # fmt: skip
 
 
