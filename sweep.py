@@ -410,7 +410,8 @@ def draw(model: MaskGIT, pictures: Pictures, rows: list[dict[str, str]], args: a
     for total in args.total_iter:
         strips = {name: rounds_of(model, one, first_setting(args, name, total), args) for name in args.mask_func}
         start = pixel_to_token_mask(one.holes, model.vqgan.config.stride)
-        head = [to_array(one.truth[0]), to_array(one.images[0]), mask_picture(start[0], one.holes.shape[-1])]
+        gray = one.images[0].masked_fill(one.holes[0], 128)
+        head = [to_array(one.truth[0]), to_array(gray), mask_picture(start[0], one.holes.shape[-1])]
         figures.rounds_table(head, strips, args.output / f"rounds_{total}.png")
 
 
