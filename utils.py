@@ -387,7 +387,7 @@ def check_split(batch_size: int, accum_grad: int, accelerator: Any) -> None:
 
 def average_over_processes(values: dict[str, float | Tensor], accelerator: Any) -> dict[str, float]:
     """Means over all processes of numbers, or of tensors that hold one: read from the device once, not one by one."""
-    table = torch.stack([torch.as_tensor(value).detach().double() for value in values.values()])
+    table = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach() for value in values.values()])
     if accelerator.num_processes > 1:
         table = accelerator.reduce(table.to(accelerator.device), "mean")
     return dict(zip(values, table.tolist(), strict=True))

@@ -72,6 +72,14 @@ def full_disk(*args, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_parser_errors_are_user_errors():
+    parser = utils.Parser()
+    parser.add_argument("--epochs", type=int)
+    for argv, message in ((["--epochs", "x"], "invalid int value: 'x'; see --help$"), (["--epoch-s", "1"], "unrecognized")):
+        with pytest.raises(UserError, match=message):
+            parser.parse_args(argv)
+
+
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -513,6 +521,17 @@ def test_find_resume_falls_back_with_a_notice(tmp_path, capsys):
     assert capsys.readouterr().err.count("notice: ") == 4
 
 
+@pytest.mark.parametrize("best, expected", [(3, 3), (7, 7)])
+def test_find_resume_takes_the_newer_of_previous_and_best(tmp_path, best, expected):
+    utils.save_checkpoint(tmp_path / "previous.pt", state(3))
+    utils.save_checkpoint(tmp_path / "best.pt", state(best))
+    assert utils.find_resume(tmp_path, "auto", "example")["step"] == expected
+    utils.save_checkpoint(tmp_path / "previous.pt", state(9))
+    assert utils.find_resume(tmp_path, "auto", "example")["step"] == 9
+    utils.save_checkpoint(tmp_path / "last.pt", state(5))    # the run's own last word goes before both
+    assert utils.find_resume(tmp_path, "auto", "example")["step"] == 5
+
+
 def test_a_damaged_last_never_replaces_a_good_previous_before_the_new_one_is_written(tmp_path, monkeypatch):
     for step in (1, 2):
         utils.save_last(tmp_path, state(step))
@@ -528,6 +547,7 @@ def test_a_run_continues_with_its_own_config():
     utils.check_same_config(saved, {"a": {"x": 1, "accum_grad": 4}, "b": {"y": [1, 2]}})
     with pytest.raises(UserError, match=r"can't resume: b.y is \[1, 3\], the checkpoint was trained with \[1, 2\]"):
         utils.check_same_config(saved, {"a": {"x": 1}, "b": {"y": [1, 3]}})
+    utils.check_same_config(saved, {"a": {"x": 1, "younger": 5}})    # a key that the checkpoint's version had not yet
     with pytest.raises(UserError, match="c.z is 1, the checkpoint was trained with None"):
         utils.check_same_config(saved, {"c": {"z": 1}})
 
@@ -554,17 +574,26 @@ def test_logger_writes_lines_and_tensorboard(tmp_path):
 
 def test_logger_drops_what_a_killed_run_wrote_after_its_checkpoint(tmp_path):
     logger = utils.Logger(tmp_path, 0)
-    for step in (1, 2, 3, 4):
+    for step in (0, 1, 2, 3, 4):
         logger.log(step, loss=float(step))
     logger.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 1, "lo')    # cut by the kill
+    with open(tmp_path / "metrics.jsonl", "a", encoding="latin-1") as file:
+        file.write('{"loss": 1}\n[1]\n\xff\n{"step": 1, "lo')    # not ours, and cut by the kill
     logger = utils.Logger(tmp_path, 2)
     logger.log(3, loss=30.0)
     logger.close()
-    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]
     utils.Logger(tmp_path, 0).close()
     assert lines(tmp_path) == []
+
+
+def test_logger_says_when_it_cannot_write(tmp_path):
+    logger = utils.Logger(tmp_path, 0)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="can't write .*metrics.jsonl: Is a directory"):
+        logger.log(1, loss=1.0)
+    logger.close()
 
 
 def test_only_one_process_logs(tmp_path):
@@ -585,13 +614,25 @@ def test_stop_request_notes_the_signal_and_steps_back(number, code):
     assert stop.exit_code == code
 
 
+def test_asking_twice_does_not_wait_for_the_step():
+    with utils.StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)    # a scheduler may repeat itself: nothing new
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.exit_code == 143
+
+
 # ---- fingerprints ----
 
 
 def test_fingerprint_tells_parts_apart():
     x = torch.arange(6.0)
-    parts = [(x,), (x.view(2, 3),), (x.view(3, 2),), (x.double(),), (x + 1,), (x, x), (x[0],), (x[:0],), (1, 23), (12, 3),
-             (123,), ("1", 23), (Example(),), (Example(size=9),), ({"a": 1},), (True,), (x.bfloat16(),), (x > 2,), ()]
+    parts = [
+        (x,), (x.view(2, 3),), (x.view(3, 2),), (x.double(),), (x.view(torch.int32),), (x.bfloat16(),), (x > 2,), (x + 1,),
+        (x, x), (x[0],), (x[:0],), (), (1, 23), (12, 3), (123,), ("1", 23), (True,), ({"a": 1},), (Example(),),
+        (Example(size=9),),
+    ]
     assert len({utils.fingerprint(*part) for part in parts}) == len(parts)
     assert utils.fingerprint(x, Example(), 1) == utils.fingerprint(x.clone(), Example(), 1)
     table = torch.arange(6.0).view(2, 3)
@@ -622,23 +663,28 @@ def test_make_accelerator(monkeypatch):
 
 def test_batch_must_split_evenly():
     utils.check_split(24, 3, SimpleNamespace(num_processes=4))
-    with pytest.raises(UserError, match=r"batch_size \(24\) must be divisible by processes x accum_grad \(4 x 5\)"):
-        utils.check_split(24, 5, SimpleNamespace(num_processes=4))
+    for accum, processes in ((5, 4), (3, 16), (16, 3)):
+        message = rf"batch_size \(24\) must be divisible by processes x accum_grad \({processes} x {accum}\)"
+        with pytest.raises(UserError, match=message):
+            utils.check_split(24, accum, SimpleNamespace(num_processes=processes))
 
 
 def test_average_over_processes():
-    values = {"a": 1.0, "b": 3.0}
-    assert utils.average_over_processes(values, SimpleNamespace(num_processes=1)) == values
+    values = {"a": 1.0, "b": 3.0, "c": 0.1}    # 0.1 would lose digits in float32
+    one = SimpleNamespace(num_processes=1)
+    assert utils.average_over_processes(values, one) == values
+    assert utils.average_over_processes({"a": torch.tensor(1.0, requires_grad=True), "b": 3, "c": 0.1}, one) == values
 
     def reduce(table, how):    # the other process has ones
         return {"mean": (table + 1) / 2, "sum": table + 1}[how]
 
     two = SimpleNamespace(num_processes=2, device="cpu", reduce=reduce)
-    assert utils.average_over_processes(values, two) == {"a": 1.0, "b": 2.0}
+    assert utils.average_over_processes(values, two) == {"a": 1.0, "b": 2.0, "c": 0.55}
 
 
 def test_check_finite():
     utils.check_finite(torch.tensor(1e30), "loss")
+    utils.check_finite(1e300, "loss")
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(utils.NotFinite, match=f"the gradient is {value}: stopped before the weights were changed"):
             utils.check_finite(torch.tensor(value), "gradient")
