@@ -123,6 +123,14 @@ def test_no_paste_writes_the_whole_decode(checkpoint, folders):
         assert not torch.equal(pasted[name][~hole], whole[name][~hole])
 
 
+def test_half_precision_completes_alike_and_keeps_known_pixels(checkpoint, folders):
+    full, half = run(checkpoint, folders, out="a"), run(checkpoint, folders, "--precision", "bf16", out="b")
+    for name in full:
+        hole = read_mask(folders / "masks" / f"{name}.png").expand_as(full[name])
+        assert torch.equal(full[name][~hole], half[name][~hole])
+        assert not torch.equal(full[name][hole], half[name][hole])
+
+
 def test_save_steps_writes_every_round(checkpoint, folders):
     run(checkpoint, folders, "--save-steps", "--total-iter", "4")
     for i in range(5):
