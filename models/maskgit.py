@@ -43,8 +43,8 @@ def patch_pixels(image: Tensor, mask: Tensor, stride: int) -> Tensor:
     Returns:
         (B, N, 4 * stride**2).
     """
-    mask = mask.to(image.dtype)
-    known = torch.cat([image * (1 - mask), mask], dim=1)                   # (B, 4, H, W)
+    known = image.masked_fill(mask.bool(), 0)                              # (B, 3, H, W)
+    known = torch.cat([known, mask.to(image.dtype)], dim=1)                # (B, 4, H, W)
     return F.pixel_unshuffle(known, stride).flatten(2).transpose(1, 2)     # (B, N, 4 stride^2)
 
 
