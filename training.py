@@ -74,12 +74,17 @@ def on_main(accelerator: Any, function: Callable[[], T]) -> T:
     return box[0]
 
 
-def agree(stop: utils.StopRequest, accelerator: Any) -> None:
-    """A signal that one process got becomes everyone's, so that all leave the loop after the same step."""
+def agreed_signal(stop: utils.StopRequest, accelerator: Any) -> int:
+    """The number of the signal that any process got, 0 if none did: the same in all, so that all stop after the same step.
+
+    (`stop.signal` itself may change at any moment, between one look at it and the next.)
+    """
+    number = stop.signal or 0
     if accelerator.num_processes > 1:
-        number = torch.tensor(stop.signal or 0, device=accelerator.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        stop.signal = stop.signal or int(number) or None
+        table = torch.tensor(number, device=accelerator.device)
+        dist.all_reduce(table, dist.ReduceOp.MAX)
+        number = int(table)
+    return number
 
 
 @contextlib.contextmanager
@@ -340,13 +345,15 @@ def loop(
         The exit code: 0, or 128 + the number of the signal that stopped the run.
     """
     total, main = c.epochs * per_epoch, accelerator.is_main_process
-    logger = utils.Logger(folder, progress.step, main)
-    bar = tqdm(total=total * c.batch_size, initial=progress.step * c.batch_size, unit="img", disable=not main)
-    clock = Clock()
-    with utils.StopRequest() as stop:
+    clock, done, stopped = Clock(), progress.step * c.batch_size, 0
+    with (
+        utils.StopRequest() as stop,
+        contextlib.closing(utils.Logger(folder, progress.step, main)) as logger,
+        tqdm(total=total * c.batch_size, initial=done, unit="img", disable=not main) as bar,
+    ):
         if main and progress.step == 0:
             utils.save_last(folder, state() | asdict(progress))    # a disk that is too small shows now, not after hours
-        while progress.step < total and not stop.signal:
+        while progress.step < total and not stopped:
             # For what models draw by themselves, such as dropout.
             torch.manual_seed(utils.seeded(c.seed, "step", progress.step, accelerator.process_index).initial_seed())
             values = step_or_skip(train_step, progress, on_nan)
@@ -369,15 +376,13 @@ def loop(
                         if export:
                             export()
                 clock = Clock()
-            agree(stop, accelerator)
-            if main and (progress.step % c.save_every == 0 or progress.step == total or stop.signal):
+            stopped = agreed_signal(stop, accelerator)
+            if main and (progress.step % c.save_every == 0 or progress.step == total or stopped):
                 utils.save_last(folder, state() | asdict(progress))
-    logger.close()
-    bar.close()
-    if stop.signal and main:
-        print(f"stopped by signal {stop.signal} after step {progress.step}; continue with --resume auto", file=sys.stderr)
+    if stopped and main:
+        print(f"stopped by signal {stopped} after step {progress.step}; continue with --resume auto", file=sys.stderr)
     accelerator.end_training()
-    return stop.exit_code
+    return 128 + stopped if stopped else 0
 
 
 def step_or_skip(train_step: Callable[[int], dict[str, float]], progress: Progress, on_nan: str) -> dict[str, float]:

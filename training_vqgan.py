@@ -312,8 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     model_config = utils.build_config(VQGANConfig, sections.get("vqgan", {}), "vqgan")
     config = utils.build_config(TrainVQGANConfig, utils.with_flags(sections.get("train_vqgan", {}), args), "train_vqgan")
     configs = {"vqgan": asdict(model_config), "train_vqgan": asdict(config)}
-    # A frozen encoder gets no gradient: DistributedDataParallel must look for parameters without one.
-    accelerator = training.start(args.device, config.precision, find_unused_parameters=True)
+    # Frozen tokens: DistributedDataParallel must look for parameters without a gradient.
+    accelerator = training.start(args.device, config.precision, find_unused_parameters=config.freeze_tokens_from < 1)
     with training.errors_told_once(accelerator, args.output_dir):
         utils.check_split(config.batch_size, config.accum_grad, accelerator)
         folder = training.on_main(accelerator, lambda: utils.writable_folder(args.output_dir))

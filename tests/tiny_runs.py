@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from torch import Tensor
 
@@ -116,6 +117,8 @@ class Child:
                 os.dup2(output, 2)
                 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)    # not pytest's
                 os.environ.update(env)
+                for state in (AcceleratorState, GradientState, PartialState):    # what the parent has begun
+                    state._shared_state.clear()
                 torch.set_num_threads(1)
                 training_vqgan.load_features = lambda *_: None    # no weights, no network
                 if before:
@@ -153,16 +156,31 @@ def succeed(stage: str, argv: list[str], before: Callable[[], Any] | None = None
     return child
 
 
-def start_group(stage: str, argv: list[str], before: Callable[[int], Any] | None = None, size: int = 2) -> list[Child]:
-    """Several processes as one run, as torchrun starts them."""
+def start_group(
+    stage: str, argv: list[str], before: dict[int, Callable[[], Any]] | None = None, outputs: Path | None = None
+) -> list[Child]:
+    """Two processes as one run, as torchrun starts them.
+
+    Args:
+        before: of either, by rank.
+        outputs: a folder for an --output-dir of its own for the one that is not the main one.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return [
-        Child(stage, argv, (lambda r=rank: before(r)) if before else None, RANK=str(rank), LOCAL_RANK=str(rank), **env)
-        for rank in range(size)
-    ]
+    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    children = []
+    for rank in range(2):
+        if rank and outputs:
+            argv = list(argv)
+            argv[argv.index("--output-dir") + 1] = str(outputs / f"rank{rank}")
+        children.append(Child(stage, argv, (before or {}).get(rank), RANK=str(rank), LOCAL_RANK=str(rank), **env))
+    return children
+
+
+def run_group(*args: Any, **options: Any) -> list[Child]:
+    """`start_group`, to the end of both."""
+    return [child.wait() for child in start_group(*args, **options)]
 
 
 def kill_at(micro_batch: int) -> Callable[[], None]:
