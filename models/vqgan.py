@@ -111,7 +111,7 @@ class VQGAN(nn.Module):
         """image: (B, 3, H, W) in [-1, 1].  Returns tokens (B, N), int64 in [0, K)."""
         if image.shape[-2:] != (self.config.image_size, self.config.image_size):
             size = f"{image.shape[-1]}x{image.shape[-2]}"
-            raise ValueError(f"pictures must be {self.config.image_size} pixels wide and high, got {size}; resize them first")
+            raise ValueError(f"pictures must be {self.config.image_size} pixels wide and high, got {size}; resize them")
         with torch.autocast(image.device.type, enabled=False):    # tokens must not depend on the caller's precision
             return self.codebook(self.encoder(image.float())).indices.flatten(1)
 
