@@ -32,6 +32,7 @@ from tqdm import tqdm
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 100_000_000    # a larger picture is refused before it is decoded: a small file can hold a huge one
 MASK_THRESHOLD = 128        # gray levels below it are black
+LISTED = 10                 # unreadable pictures that are named, when they are skipped
 
 
 class DataError(ValueError):
@@ -222,9 +223,9 @@ def load_folder(path: str | Path, size: int, bad_images: str = "error") -> Tenso
         raise DataError(f"none of the {len(files)} picture(s) in {path} can be read; the first: {bad[0]}")
     if bad:
         images = images[torch.tensor([error is None for error in errors])]
-        print(f"skipped {len(bad)} of {len(files)} pictures in {path}:", *bad[:10], sep="\n  ", file=sys.stderr)
-        if len(bad) > 10:
-            print(f"  ... and {len(bad) - 10} more", file=sys.stderr)
+        print(f"skipped {len(bad)} of {len(files)} pictures in {path}:", *bad[:LISTED], sep="\n  ", file=sys.stderr)
+        if len(bad) > LISTED:
+            print(f"  ... and {len(bad) - LISTED} more", file=sys.stderr)
     return images
 
 
@@ -256,8 +257,6 @@ class ShardStream(IterableDataset):
             turn = (index - self.start) // self.batch_size % workers
             if rank == self.world_size - 1 and turn == worker:    # now every rank has one: all give equally many
                 yield self._first_good(mine, bad)
-        if bad:
-            print(f"skipped {len(bad)} pictures, others took their places; the first: {bad[0]}", file=sys.stderr)
 
     def _first_good(self, candidates: Iterator[dict], bad: list[DataError]) -> Tensor:
         for sample in candidates:
@@ -267,6 +266,9 @@ class ShardStream(IterableDataset):
                 if self.bad_images == "error":
                     raise
                 bad.append(error)
+                if len(bad) <= LISTED:
+                    more = ", further ones are skipped in silence" if len(bad) == LISTED else ""
+                    print(f"skipped: {error}; another picture takes its place{more}", file=sys.stderr, flush=True)
         raise DataError(f"none of {self.buffer} pictures in a row can be read; the last: {bad[-1]}")
 
     def _shuffled(self, first: int) -> Iterator[tuple[int, Iterator[dict]]]:

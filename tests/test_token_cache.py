@@ -1,0 +1,345 @@
+"""The token cache: holds what the encoder says, goes on after a kill, refuses what is stale, does not fill memory."""
+
+import io
+import json
+import os
+import re
+import signal
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import (
+    Child,
+    assert_same_run,
+    checkpoint,
+    kill_at,
+    make_setting,
+    metrics,
+    run,
+    succeed,
+    wait_for_step,
+    write_pictures,
+)
+
+import data
+import token_cache
+import training_transformer
+import utils
+from utils import UserError
+
+SIZE, N = 16, 4
+
+
+def encode(images):
+    """A stand-in for the VQGAN: a token is the mean of a quarter of the picture, times a number that needs 16 bits."""
+    quarters = torch.nn.functional.avg_pool2d(images.float().mean(1, keepdim=True), SIZE // 2)    # (n, 1, 2, 2)
+    return torch.stack([q.flatten(1).round().long() * 256 for q in (quarters, quarters.flip(3))], 1)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "p", 23)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(token_cache, "PIECE", 5)    # 5, 5, 5, 5, 3
+
+
+def build(folder, paths, pixels=True, bad_images="error", encode=encode):
+    pieces = token_cache.list_pieces([str(path) for path in paths])
+    token_cache.build(folder, pieces, encode, SIZE, pixels, bad_images)
+    return token_cache.TokenCache(folder, pieces, N, SIZE, pixels)
+
+
+def write_shards(pictures, folder, shard_size=6) -> str:
+    argv = ["shards", str(pictures), "--output", f"{folder}/s-%02d.tar", "--size", "16", "--shard-size", str(shard_size)]
+    assert data.main(argv) == 0
+    return f"{folder}/s-{{00..03}}.tar"
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_rows_are_what_the_encoder_says(pictures, tmp_path, pixels):
+    cache = build(tmp_path, [pictures], pixels)
+    images = data.load_folder(pictures, SIZE)
+    assert len(cache) == len(images) == 23
+    chosen = torch.tensor([22, 0, 4, 5, 5, 21, 9])
+    mirrored = torch.tensor([True, False, True, False, True, False, True])
+    tokens, shown = cache.rows(chosen, mirrored)
+    assert torch.equal(tokens, encode(images)[chosen, mirrored.long()]) and tokens.dtype == torch.int64
+    assert torch.equal(shown, images[chosen]) if pixels else shown is None
+    assert all(part.dtype == np.uint16 and isinstance(part, np.memmap) for part in cache.tokens)
+    assert sum(path.stat().st_size for path in tmp_path.glob("tokens-*")) == 23 * 2 * N * 2
+
+
+def test_several_folders_and_shards_line_up(pictures, tmp_path):
+    other = write_pictures(tmp_path / "other", 4, seed=7)
+    shards = write_shards(pictures, tmp_path)
+    cache = build(tmp_path / "cache", [other, shards])
+    _, shown = cache.rows(torch.arange(len(cache)), torch.zeros(len(cache), dtype=torch.bool))
+    streamed = list(data.open_shards(shards, SIZE, seed=None))
+    assert torch.equal(shown, torch.cat([data.load_folder(other, SIZE), torch.stack(streamed)]))
+
+
+def test_processes_share_the_work(pictures, tmp_path):
+    whole = build(tmp_path / "whole", [pictures])
+    pieces = token_cache.list_pieces([str(pictures)])
+    for rank in range(3):
+        token_cache.build(tmp_path / "parts", pieces[rank::3], encode, SIZE, True, "error")
+    parts = token_cache.TokenCache(tmp_path / "parts", pieces, N, SIZE, True)
+    for a, b in zip(whole.tokens + whole.pixels, parts.tokens + parts.pixels, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_goes_on_after_a_kill_with_the_pieces_that_are_missing(pictures, tmp_path):
+    seen = []
+
+    def counted(images):
+        seen.append(len(images))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return encode(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "a", [pictures], encode=counted)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "pixels-000000.u8", "pixels-000001.u8", "tokens-000000.u16", "tokens-000001.u16"
+    ]    # fmt: skip
+    cache = build(tmp_path / "a", [pictures], encode=counted)
+    assert seen == [5, 5, 5, 5, 5, 3]
+    again = build(tmp_path / "a", [pictures], encode=None)    # nothing is left to encode
+    whole = build(tmp_path / "b", [pictures])
+    for one in (cache, again):
+        assert all(np.array_equal(a, b) for a, b in zip(one.tokens, whole.tokens, strict=True))
+
+
+def test_a_full_disk_leaves_no_half_piece(pictures, tmp_path, monkeypatch):
+    real = os.fsync
+
+    def full(descriptor, calls=[]):    # noqa: B006
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="can't write .*No space left on device"):
+        build(tmp_path, [pictures])
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+    monkeypatch.undo()
+    monkeypatch.setattr(token_cache, "PIECE", 5)
+    assert len(build(tmp_path, [pictures])) == 23
+
+
+def test_bad_pictures(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "p", 12)
+    (folder / "003.png").write_bytes(b"no picture")
+    for i in range(5, 10):
+        (folder / f"{i:03d}.png").write_bytes(b"")    # a whole piece
+    with pytest.raises(data.DataError, match=r"003\.png"):
+        build(tmp_path / "a", [folder])
+    cache = build(tmp_path / "b", [folder], bad_images="skip")
+    assert len(cache) == 6 and "skipped 6 pictures" in capsys.readouterr().err
+    tokens, shown = cache.rows(torch.arange(6), torch.zeros(6, dtype=torch.bool))
+    good = torch.stack([data.read_square(folder / f"{i:03d}.png", SIZE) for i in (0, 1, 2, 4, 10, 11)])
+    assert torch.equal(shown, good) and torch.equal(tokens, encode(good)[:, 0])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "rows"])
+def test_damaged_files_are_refused_in_a_sentence(pictures, tmp_path, damage):
+    build(tmp_path, [pictures])
+    path = tmp_path / "tokens-000002.u16"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: -2 * N * 2 if damage == "rows" else -1])
+    pieces = token_cache.list_pieces([str(pictures)])
+    with pytest.raises(UserError, match="delete (it|them), to make (it|them) anew"):
+        token_cache.TokenCache(tmp_path, pieces, N, SIZE, True)
+    for leftover in tmp_path.glob("*-000002.*"):
+        leftover.unlink()
+    assert len(build(tmp_path, [pictures])) == 23    # as the sentence promises
+
+
+def test_about_refuses_everything_else(tmp_path):
+    about = {"tokenizer": "a", "pictures": "b", "pixels": True, "bad_images": "error"}
+    token_cache.check_about(tmp_path, about)
+    token_cache.check_about(tmp_path, about)
+    for key, value, words in (("tokenizer", "c", "another VQGAN"), ("pictures", "c", "other pictures"),
+                              ("pixels", False, "pixels = True instead of False")):    # fmt: skip
+        with pytest.raises(UserError, match=f"is stale, it was made with {words}"):
+            token_cache.check_about(tmp_path, about | {key: value})
+    for text in ("", "[1]", "{", "\x00\xff", "{}"):
+        (tmp_path / "about.json").write_bytes(text.encode("latin1"))
+        with pytest.raises(UserError, match="damaged about.json|is stale"):
+            token_cache.check_about(tmp_path, about)
+
+
+def test_fingerprint_sees_names_sizes_times_and_order(tmp_path):
+    folder = write_pictures(tmp_path / "p", 6)
+    seen = []
+
+    def look():
+        seen.append(token_cache.fingerprint_pictures(token_cache.list_pieces([str(folder)])))
+
+    look()
+    assert token_cache.fingerprint_pictures(token_cache.list_pieces([str(folder)])) == seen[0]
+    os.utime(folder / "003.png", ns=(1, 1))
+    look()
+    (folder / "003.png").rename(folder / "0035.png")
+    look()
+    write_pictures(tmp_path / "q", 1, size=8)
+    os.replace(tmp_path / "q" / "000.png", folder / "000.png")
+    look()
+    (folder / "005.png").unlink()
+    look()
+    assert len(set(seen)) == len(seen)
+
+
+# ---- in the script ----
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return make_setting(tmp_path_factory.mktemp("setting"))
+
+
+def test_the_script_refuses_a_stale_cache(setting, tmp_path):
+    cache = tmp_path / "tokens"
+    flags = ["--token-cache", str(cache), "--epochs", "1"]
+    succeed("transformer", setting.argv("transformer", tmp_path / "a", *flags))
+    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+    assert sum(len(value) for name, value in before.items() if name.startswith("tokens")) == 24 * 2 * 16 * 2
+    assert not (tmp_path / "a" / "tokens").exists()
+    other = write_pictures(tmp_path / "other", 24, seed=5)
+    state = utils.load_checkpoint(setting.vqgan, "vqgan-training")
+    state["ema"]["codebook.embedding.weight"] = state["ema"]["codebook.embedding.weight"].flip(0)
+    utils.save_checkpoint(tmp_path / "other.pt", state)
+    another = setting.argv("transformer", tmp_path / "b", *flags)
+    another[another.index("--vqgan") + 1] = str(tmp_path / "other.pt")
+    for argv, reason in (
+        (another, "another VQGAN"),
+        (setting.argv("transformer", tmp_path / "b", *flags, train=other), "other pictures"),
+        (setting.argv("transformer", tmp_path / "b", *flags, "--set", "transformer.pixel_dim=0"), "pixels = True"),
+    ):
+        child = run("transformer", argv)
+        assert child.code == 2 and len(child.errors) == 1 and reason in child.errors[0], child.text
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
+    state["ema"]["codebook.embedding.weight"] = state["ema"]["codebook.embedding.weight"].flip(0)
+    state["ema"]["decoder.from_code.bias"] += 1    # the decoder makes no tokens
+    utils.save_checkpoint(tmp_path / "other.pt", state)
+    argv = setting.argv("transformer", tmp_path / "c", *flags)
+    argv[argv.index("--vqgan") + 1] = str(tmp_path / "other.pt")
+    succeed("transformer", argv)
+
+
+def test_the_cache_lies_in_the_output_folder_by_default_and_serves_a_resume(setting, tmp_path):
+    argv = setting.argv("transformer", tmp_path / "a", "--epochs", "1")
+    succeed("transformer", argv)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "tokens").iterdir()}
+    assert times
+    succeed("transformer", [*argv, "--resume", "auto"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "tokens").iterdir()} == times
+
+
+def test_killed_while_encoding(setting, tmp_path):
+    def patch():
+        token_cache.PIECE = 5
+        real, calls = training_transformer.encode, []
+
+        def encode(vqgan, images, device):
+            calls.append(1)
+            if len(calls) == 4:    # the validation set is the first
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(vqgan, images, device)
+
+        training_transformer.encode = encode
+
+    def small():
+        token_cache.PIECE = 5
+
+    assert run("transformer", setting.argv("transformer", tmp_path / "a", "--resume", "auto"), patch).code == -signal.SIGKILL
+    succeed("transformer", setting.argv("transformer", tmp_path / "a", "--resume", "auto"), small)
+    succeed("transformer", setting.argv("transformer", tmp_path / "b"), small)
+    assert_same_run(tmp_path / "a", tmp_path / "b", "transformer")
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
+def test_shards_serve_both_stages_and_a_kill_in_mid_epoch(setting, tmp_path, stage):
+    shards = write_shards(setting.train, tmp_path, 7)
+    succeed(stage, setting.argv(stage, tmp_path / "whole", train=shards))
+    argv = setting.argv(stage, tmp_path / "a", "--resume", "auto", train=shards)
+    for micro in (9, 7):    # step 5, then step 8: both in mid-epoch
+        assert run(stage, argv, kill_at(micro)).code == -signal.SIGKILL
+    succeed(stage, argv)
+    assert_same_run(tmp_path / "whole", tmp_path / "a", stage)
+
+
+def test_decoding_workers_change_nothing_and_outlive_a_stop_request(setting, tmp_path):
+    shards = write_shards(setting.train, tmp_path, 7)
+    succeed("vqgan", setting.argv("vqgan", tmp_path / "whole", train=shards))
+    argv = setting.argv("vqgan", tmp_path / "a", "--workers", "2", "--resume", "auto", train=shards)
+    child = Child("vqgan", argv, os.setpgrp)
+    wait_for_step(tmp_path / "a", 4)
+    os.killpg(child.pid, signal.SIGTERM)    # workers and all, as a terminal or SLURM does
+    assert child.wait().code == 143, child.text
+    succeed("vqgan", argv)
+    assert_same_run(tmp_path / "whole", tmp_path / "a", "vqgan")
+
+
+def test_bad_pictures_in_shards(setting, tmp_path):
+    files = sorted(setting.train.iterdir())
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for path in files:
+            content = b"no picture" if path.stem == "004" else path.read_bytes()
+            info = tarfile.TarInfo(path.name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    for stage in ("vqgan", "transformer"):
+        flags = ["--epochs", "1", "--seed", "3"]
+        child = run(stage, setting.argv(stage, tmp_path / f"{stage}-a", *flags, train=tmp_path / "s.tar"))
+        assert child.code == 2 and len(child.errors) == 1 and "004" in child.errors[0], child.text
+        flags += ["--bad-images", "skip"]
+        child = succeed(stage, setting.argv(stage, tmp_path / f"{stage}-b", *flags, train=tmp_path / "s.tar"))
+        assert re.search(r"skipped: .*004.*; another picture takes its place", child.text), child.text
+        assert checkpoint(tmp_path / f"{stage}-b", stage)["pictures"] == 24
+
+
+def test_tokens_only(setting, tmp_path):
+    """A transformer that looks at no pixels trains from tokens alone, though pictures are gone."""
+    flags = ["--set", "transformer.pixel_dim=0", "--token-cache", str(tmp_path / "t"), "--epochs", "1"]
+    succeed("transformer", setting.argv("transformer", tmp_path / "a", *flags))
+    assert not list((tmp_path / "t").glob("pixels-*")) and list((tmp_path / "t").glob("tokens-*"))
+    assert len([line for line in metrics(tmp_path / "a") if "loss" in line]) == 3
+
+
+def anonymous_memory() -> int:
+    """kB of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    """Every picture of a set of 48 MB is looked at: what is mapped belongs to the page cache, not to the process."""
+    tokens = np.broadcast_to(np.arange(1000, dtype=np.uint16)[:, None, None], (1000, 2, 16)).tobytes()
+    pixels = np.zeros((1000, 3, 16, 16), np.uint8).tobytes()
+    for i in range(60):
+        (tmp_path / f"tokens-{i:06d}.u16").write_bytes(tokens)
+        (tmp_path / f"pixels-{i:06d}.u8").write_bytes(pixels)
+    pieces = [token_cache.Piece(f"{i:06d}", [], None) for i in range(60)]
+    before = anonymous_memory()
+    cache = token_cache.TokenCache(tmp_path, pieces, 16, 16, True)
+    for chosen in torch.randperm(60_000, generator=torch.Generator().manual_seed(0)).split(64):
+        found, _ = cache.rows(chosen, chosen % 2 == 0)
+        assert (found[:, 0] == chosen % 1000).all()
+    assert anonymous_memory() - before < 8_000
+
+
+def test_about_is_json_for_people(setting, tmp_path):
+    succeed("transformer", setting.argv("transformer", tmp_path / "a", "--epochs", "1"))
+    about = json.loads((tmp_path / "a" / "tokens" / "about.json").read_text())
+    assert about.keys() == {"tokenizer", "pictures", "pixels", "bad_images"}
