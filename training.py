@@ -293,7 +293,8 @@ def resume(
         return Progress(pictures=pictures)
     try:
         utils.check_same_config(state["config"], configs)
-        progress = Progress(state["step"], state["best"], state.get("skipped", 0), state.get("pictures", pictures))
+        progress = Progress(int(state["step"]), float(state["best"]))
+        progress.skipped, progress.pictures = state.get("skipped", 0), state.get("pictures", pictures)
         if progress.pictures != pictures:
             raise utils.UserError(f"can't resume: the run began with {progress.pictures} pictures, now there are {pictures}")
         restore(state)

@@ -128,7 +128,7 @@ def open_tokens(args: argparse.Namespace, vqgan: VQGAN, pixels: bool, accelerato
     weights = [*vqgan.encoder.state_dict().values(), vqgan.codebook.codes()]
     about = {
         "tokenizer": utils.fingerprint(c.encoder, c.image_size, c.stride, *weights),
-        "pictures": token_cache.fingerprint_pictures(pieces), "pixels": pixels, "bad_images": args.bad_images,
+        "pictures": token_cache.fingerprint_pictures(pieces), "pixels": pixels,
     }    # fmt: skip
     training.on_main(accelerator, lambda: token_cache.check_about(folder, about))
     mine = pieces[accelerator.process_index :: accelerator.num_processes]

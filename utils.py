@@ -212,22 +212,28 @@ _MAGIC = b"MGCKPT01"    # after the payload: this, then the sha256 of the payloa
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write a training checkpoint with its checksum: aside, flushed, renamed. A crash leaves the old file as it was."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        hashed = _HashedFile(file)
         try:
-            torch.save(state, temporary)
-        except RuntimeError as error:    # what torch.save makes of a full disk
-            raise OSError(None, str(error).splitlines()[0]) from error
-        with open(temporary, "rb") as file:
-            digest = _sha256(file)
-        with open(temporary, "ab") as file:
-            file.write(_MAGIC + digest)
+            torch.save(state, hashed)
+        except RuntimeError as error:    # what torch.save makes of a full disk; the disk's own word came before it
+            reason = error.__context__
+            raise reason if isinstance(reason, OSError) else OSError(None, str(error).splitlines()[0]) from error
+        file.write(_MAGIC + hashed.sha256.digest())
 
 
-def _sha256(file: io.BufferedReader) -> bytes:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.digest()
+class _HashedFile:
+    """Hashes what is written on its way to the file."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:

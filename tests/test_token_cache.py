@@ -165,7 +165,7 @@ def test_damaged_files_are_refused_in_a_sentence(pictures, tmp_path, damage):
 
 
 def test_about_refuses_everything_else(tmp_path):
-    about = {"tokenizer": "a", "pictures": "b", "pixels": True, "bad_images": "error"}
+    about = {"tokenizer": "a", "pictures": "b", "pixels": True}
     token_cache.check_about(tmp_path, about)
     token_cache.check_about(tmp_path, about)
     for key, value, words in (("tokenizer", "c", "another VQGAN"), ("pictures", "c", "other pictures"),
@@ -342,4 +342,4 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
 def test_about_is_json_for_people(setting, tmp_path):
     succeed("transformer", setting.argv("transformer", tmp_path / "a", "--epochs", "1"))
     about = json.loads((tmp_path / "a" / "tokens" / "about.json").read_text())
-    assert about.keys() == {"tokenizer", "pictures", "pixels", "bad_images"}
+    assert about.keys() == {"tokenizer", "pictures", "pixels"}
