@@ -49,11 +49,11 @@ def find_images(path: str | Path) -> dict[str, Path]:
     Raises DataError if the path is missing or has no picture, or if two pictures share a stem (a.jpg and a.png).
     """
     path = Path(path)
-    if path.is_file():
-        return {path.stem: path}
-    if not path.is_dir():
-        raise DataError(f"{path} does not exist; give a picture or a folder of pictures")
     try:
+        if path.is_file():
+            return {path.stem: path}
+        if not path.is_dir():
+            raise DataError(f"{path} does not exist; give a picture or a folder of pictures")
         files = sorted(path.iterdir())
     except OSError as error:
         raise DataError(f"cannot list {path}: {error.strerror}") from error

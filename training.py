@@ -29,6 +29,9 @@ import utils
 from data import DataError, load_folder, open_shards
 
 T = TypeVar("T")
+LIMITS = {"image_size": 4096, "depth": 1000, "encoder_depth": 1000, "decoder_blocks": 1000, "discriminator_strided": 8}
+MOST_PARAMETERS = 1e11
+SECTIONS = ("vqgan", "train_vqgan", "transformer", "train_transformer", "train_finish")    # of a config file
 MAX_SKIPPED = 10    # steps that --on-nan skip leaves out before it gives up
 
 
@@ -40,6 +43,31 @@ def add_flags(parser: utils.Parser) -> None:
     parser.add_argument(
         "--on-nan", choices=("stop", "skip"), default="stop", help="what to do with a step whose loss is not finite"
     )
+
+
+def load_sections(args: Any) -> dict[str, dict]:
+    """The config file with --set. Every script reads its own sections of it; a section that none reads is a mistake."""
+    sections = utils.load_config(args.config, args.set)
+    for name in sections:
+        if name not in SECTIONS:
+            raise utils.UserError(f"config {args.config}: unknown section {name!r}; expected some of {', '.join(SECTIONS)}")
+    return sections
+
+
+def check_size(section: str, config: Any, build: Callable[[], nn.Module]) -> None:
+    """Refuse a model that no machine holds, before any memory is asked for it. `build` makes it from `config`."""
+    for name, limit in LIMITS.items():
+        value = getattr(config, name, 0)
+        if max(value, default=0) > limit if isinstance(value, list) else value > limit:
+            raise utils.UserError(f"config {section}.{name} must be at most {limit}, got {value}")
+    try:
+        with torch.device("meta"):    # shapes alone
+            count = sum(parameter.numel() for parameter in build().parameters())
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise utils.UserError(f"config {section} describes no model that can be made: {reason}") from error
+    if count > MOST_PARAMETERS:
+        raise utils.UserError(f"config {section} describes {count:.1e} parameters, more than {MOST_PARAMETERS:.0e}")
 
 
 # ---- processes ----
@@ -130,16 +158,6 @@ def check_all_finite(values: dict[str, float], step: int) -> None:
     """Raise NotFinite that names the step and the first of its numbers that is not finite: terms come before their sums."""
     for name, value in values.items():
         utils.check_finite(value, f"{name.replace('_', ' ')} of step {step}")
-
-
-@contextlib.contextmanager
-def large_models_refused() -> Iterator[None]:
-    """Sizes in a config that no memory holds."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise utils.UserError(f"the model that the config describes can't be made: {reason}") from error
 
 
 # ---- pictures ----

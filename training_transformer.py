@@ -73,6 +73,8 @@ class TrainTransformerConfig:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.hole_share + self.full_share > 1 + 1e-9:
             raise ValueError(f"hole_share + full_share must not exceed 1, got {self.hole_share + self.full_share}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         if self.rate_schedule not in ("cosine", "plateau"):
@@ -304,7 +306,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    sections = utils.load_config(args.config, args.set)
+    sections = training.load_sections(args)
     model_config = utils.build_config(TransformerConfig, sections.get("transformer", {}), "transformer")
     config = utils.build_config(
         TrainTransformerConfig, utils.with_flags(sections.get("train_transformer", {}), args), "train_transformer"
@@ -321,12 +323,12 @@ def run_training(
     args: argparse.Namespace, vqgan: VQGAN, model_config: TransformerConfig, config: TrainTransformerConfig,
     folder: Path, accelerator: Accelerator,
 ) -> int:    # fmt: skip
+    try:
+        training.check_size("transformer", model_config, lambda: MaskGIT(vqgan.config, model_config))
+    except ValueError as error:    # the two configs don't fit each other
+        raise error if isinstance(error, utils.UserError) else utils.UserError(f"config {error}") from error
     torch.manual_seed(config.seed)
-    with training.large_models_refused():
-        try:
-            model = MaskGIT(vqgan.config, model_config)
-        except ValueError as error:    # the two configs don't fit each other
-            raise utils.UserError(f"config {error}") from error
+    model = MaskGIT(vqgan.config, model_config)
     model.vqgan.load_state_dict(vqgan.state_dict())
     model.embed_codes(utils.seeded(config.seed, "embed codes"))
     model.to(accelerator.device)

@@ -75,6 +75,8 @@ class TrainVQGANConfig:
         for name in ("warmup_steps", "seed", "l1", "laplacian", "perceptual", "codebook", "adversarial", "feature_matching"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         for name in ("learning_rate", "discriminator_rate", "grad_clip"):
@@ -308,9 +310,11 @@ def load_features(config: TrainVQGANConfig, weights: str | None) -> PerceptualFe
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    sections = utils.load_config(args.config, args.set)
+    sections = training.load_sections(args)
     model_config = utils.build_config(VQGANConfig, sections.get("vqgan", {}), "vqgan")
     config = utils.build_config(TrainVQGANConfig, utils.with_flags(sections.get("train_vqgan", {}), args), "train_vqgan")
+    training.check_size("vqgan", model_config, lambda: VQGAN(model_config))
+    training.check_size("train_vqgan", config, lambda: build_discriminator(config))
     configs = {"vqgan": asdict(model_config), "train_vqgan": asdict(config)}
     # Frozen tokens: DistributedDataParallel must look for parameters without a gradient.
     accelerator = training.start(args.device, config.precision, find_unused_parameters=config.freeze_tokens_from < 1)
@@ -345,15 +349,18 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
     )    # fmt: skip
 
 
+def build_discriminator(c: TrainVQGANConfig) -> PatchDiscriminator:
+    return PatchDiscriminator(c.discriminator_channels, c.discriminator_strided)
+
+
 def build_run(
     model_config: VQGANConfig, c: TrainVQGANConfig, accelerator: Accelerator, pictures: Any, weights: str | None
 ) -> Run:
     """Models, optimizers and losses, on their device."""
     torch.manual_seed(c.seed)
-    with training.large_models_refused():
-        vqgan = VQGAN(model_config).to(memory_format=torch.channels_last)
-        discriminator = PatchDiscriminator(c.discriminator_channels, c.discriminator_strided)
-        ema = copy.deepcopy(vqgan).eval().requires_grad_(False).to(accelerator.device)
+    vqgan = VQGAN(model_config).to(memory_format=torch.channels_last)
+    discriminator = build_discriminator(c)
+    ema = copy.deepcopy(vqgan).eval().requires_grad_(False).to(accelerator.device)
     features = load_features(c, weights)
     features = features.to(accelerator.device, memory_format=torch.channels_last) if features else None
     vqgan, discriminator = accelerator.prepare(vqgan, discriminator.to(memory_format=torch.channels_last))

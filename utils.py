@@ -46,6 +46,11 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             raise
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except OSError as error:    # a file that can't be used, where nobody has a better sentence for it
+        if error.filename is None:
+            raise
+        print(f"error: can't use {error.filename}: {error.strerror}", file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 

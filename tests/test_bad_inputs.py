@@ -1,0 +1,351 @@
+"""Whatever is wrong with configs, flags, pictures, masks or checkpoints: one sentence, exit code 2, and never a traceback.
+
+Hypothesis makes the inputs. What it makes is not always wrong (a number may be a fine one): then the script may do its work,
+which for a training ends before the first step. Each property counts how many distinct inputs were refused.
+"""
+
+import contextlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_runs import CONFIG, make_setting, write_pictures
+
+import baselines
+import data
+import evaluate
+import inpainting
+import training
+import training_transformer
+import training_vqgan
+import utils
+from models.maskgit import MaskGIT
+
+MAINS = {
+    "vqgan": training_vqgan.main, "transformer": training_transformer.main, "inpainting": inpainting.main,
+    "evaluate": evaluate.main, "baselines": baselines.main, "data": data.main,
+}    # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    root = tmp_path_factory.mktemp("setting")
+    setting = make_setting(root)
+    config = yaml.safe_load(CONFIG.replace("1e-3", "1.0e-3"))
+    torch.manual_seed(0)
+    MaskGIT(config["vqgan"], config["transformer"]).save_file(root / "model.safetensors")
+    write_pictures(root / "images", 3)
+    (root / "masks").mkdir()
+    for i in range(3):
+        mask = np.full((16, 16), 255, np.uint8)
+        mask[4:9, 3:8] = 0
+        Image.fromarray(mask).save(root / "masks" / f"{i:03d}.png")
+    return setting
+
+
+@pytest.fixture(autouse=True)
+def nothing_but_the_beginning(monkeypatch):
+    """Trainings end where the first step would begin; no network; no colours in what argparse prints."""
+    monkeypatch.setattr(training, "loop", lambda *args, **options: 0)
+    monkeypatch.setattr(training_vqgan, "load_features", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+def outcome(script: str, argv: list[str]) -> tuple[int, str]:
+    """Exit code and what was printed on stderr."""
+    for state in (AcceleratorState, GradientState, PartialState):    # of the example before, which had its own precision
+        state._shared_state.clear()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            utils.run_cli(lambda: MAINS[script](argv))
+        except SystemExit as end:
+            return end.code or 0, err.getvalue()
+
+
+def refused(script: str, argv: list[str]) -> bool:
+    """Whether the input was refused; if so, it was in one sentence."""
+    code, err = outcome(script, argv)
+    if code == 0 or any(flag in argv for flag in ("-h", "--help")):
+        return False
+    sentences = re.findall(r"^(?:\S+(?: \w+)?: )?error: .*$", err, re.MULTILINE)
+    assert code == 2 and len(sentences) == 1, (script, argv, code, err)
+    assert err.rstrip("\n").endswith(sentences[0]), f"it goes on after the sentence: {err!r}"
+    assert len(sentences[0].split()) > 3 and len(sentences[0]) < 1500 and "object at 0x" not in sentences[0], err
+    return True
+
+
+def count_refused(strategy: st.SearchStrategy, examples: int, judge: Callable[[Any], bool]) -> int:
+    """How many distinct inputs of `examples` were refused."""
+    seen = set()
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))    # fmt: skip
+    @given(strategy)
+    def judge_one(case):
+        if judge(case):
+            seen.add(repr(case))
+
+    judge_one()
+    return len(seen)
+
+
+# No control characters: a message repeats what was given, and a line break in it would make two lines.
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"]), max_size=12)
+NUMBERS = st.one_of(
+    st.integers(-3, 0), st.integers(2**40, 2**70), st.floats(allow_nan=True), st.sampled_from([-1, 0, 1.5, float("inf")])
+)
+VALUES = st.one_of(
+    NUMBERS, TEXT, st.none(), st.booleans(), st.lists(st.integers(-2, 9), max_size=4),
+    st.dictionaries(TEXT, st.just(1), max_size=2),
+)
+
+
+# ---- configs ----
+
+
+@pytest.mark.parametrize("script", ["vqgan", "transformer"])
+def test_values_in_configs(setting, tmp_path, script):
+    base = utils.load_config(setting.config)
+    classes = {"vqgan": training_vqgan.VQGANConfig, "train_vqgan": training_vqgan.TrainVQGANConfig,
+               "transformer": training_transformer.TransformerConfig,
+               "train_transformer": training_transformer.TrainTransformerConfig}    # fmt: skip
+    keys = [(section, key) for section in (script, f"train_{script}") for key in classes[section].__dataclass_fields__]
+    case = st.tuples(st.sampled_from(keys), VALUES)
+
+    def judge(case) -> bool:
+        (section, key), value = case
+        path = tmp_path / "config.yml"
+        path.write_text(yaml.safe_dump(base | {section: base[section] | {key: value}}, allow_unicode=True), encoding="utf-8")
+        argv = setting.argv(script, tmp_path / "out", "--config", str(path), "--token-cache", str(tmp_path / "tokens"))
+        return refused(script, argv if script == "transformer" else argv[:-2])
+
+    assert count_refused(case, 110, judge) >= 50
+
+
+def test_keys_and_sections_in_configs(setting, tmp_path):
+    base = utils.load_config(setting.config)
+    name = TEXT.filter(lambda text: text not in training.SECTIONS)
+    case = st.one_of(
+        st.tuples(st.just("key"), name, VALUES), st.tuples(st.just("section"), name, st.just({})),
+        st.tuples(st.just("not a section"), st.sampled_from(training.SECTIONS), VALUES),
+        st.tuples(st.just("all"), st.just(""), VALUES),
+    )    # fmt: skip
+
+    def judge(case) -> bool:
+        kind, key, value = case
+        config = {
+            "key": base | {"vqgan": base["vqgan"] | {key: value}}, "section": base | {key: value},
+            "not a section": base | {key: value}, "all": value,
+        }[kind]    # fmt: skip
+        path = tmp_path / "config.yml"
+        path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+        return refused("vqgan", setting.argv("vqgan", tmp_path / "out", "--config", str(path)))
+
+    assert count_refused(case, 60, judge) >= 30
+
+
+def test_texts_of_configs(setting, tmp_path):
+    good = CONFIG.encode()
+    edit = st.tuples(st.integers(0, len(good) - 1), st.integers(0, 3), st.binary(max_size=3))
+
+    def judge(edits) -> bool:
+        text = bytearray(good)
+        for place, removed, added in edits:
+            text[place : place + removed] = added
+        path = tmp_path / "config.yml"
+        path.write_bytes(text)
+        return refused("vqgan", setting.argv("vqgan", tmp_path / "out", "--config", str(path)))
+
+    assert count_refused(st.lists(edit, min_size=1, max_size=3), 60, judge) >= 20
+
+
+# ---- flags ----
+
+WRONG_NUMBERS = st.one_of(NUMBERS.map(str), TEXT)
+PATHS = st.one_of(TEXT.map(lambda text: f"nowhere/{text}"), st.just("x" * 300), st.just("/dev/null/x"))
+FLAGS = {
+    "training": {
+        **dict.fromkeys(["--epochs", "--batch-size", "--learning-rate", "--accum-grad", "--seed"], WRONG_NUMBERS),
+        **dict.fromkeys(["--config", "--train-dir", "--val-dir", "--resume"], PATHS),
+        **dict.fromkeys(["--device", "--bad-images", "--on-nan", "--set"], TEXT),
+    },
+    "vqgan": {"--train-pictures": WRONG_NUMBERS, "--workers": WRONG_NUMBERS},
+    "transformer": {"--vqgan": PATHS},
+    "inpainting": {
+        **dict.fromkeys(["--total-iter", "--sweet-spot", "--temperature", "--choice-temperature", "--num-samples",
+                         "--batch-size"], WRONG_NUMBERS.filter(lambda text: not re.fullmatch(r"\d{6,}", text))),
+        **dict.fromkeys(["--images", "--masks", "--checkpoint"], PATHS),
+        **dict.fromkeys(["--mask-func", "--decoder", "--device", "--mask-hole", "--precision"], TEXT),
+    },
+    "evaluate": {
+        **dict.fromkeys(["--predicted", "--ground-truth", "--masks", "--perceptual-weights"], PATHS),
+        **dict.fromkeys(["--kid-subsets", "--kid-subset-size", "--seed"], WRONG_NUMBERS),
+        **dict.fromkeys(["--features", "--mask-hole", "--device"], TEXT),
+    },
+    "baselines": {"--images": PATHS, "--masks": PATHS, "--mask-hole": TEXT, "--method": TEXT},
+}    # fmt: skip
+
+
+def argv_of(script: str, setting, folder: Path) -> list[str]:
+    """Flags that work."""
+    root = setting.root
+    pictures = ["--images", f"{root}/images", "--masks", f"{root}/masks", "--output", f"{folder}/out"]
+    return {
+        "vqgan": setting.argv("vqgan", folder / "out"),
+        "transformer": setting.argv("transformer", folder / "out", "--token-cache", f"{folder}/tokens"),
+        "inpainting": [*pictures, "--checkpoint", f"{root}/model.safetensors", "--device", "cpu", "--total-iter", "1"],
+        "evaluate": ["--predicted", f"{root}/images", "--ground-truth", f"{root}/images", "--masks", f"{root}/masks",
+                     "--features", "none", "--device", "cpu"],
+        "baselines": [*pictures, "--method", "mean"],
+    }[script]    # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "script, examples, least",
+    [("vqgan", 60, 25), ("transformer", 40, 15), ("inpainting", 50, 20), ("evaluate", 40, 15), ("baselines", 20, 8)],
+)
+def test_flags(setting, tmp_path, script, examples, least):
+    assert not refused(script, argv_of(script, setting, tmp_path))
+    flags = FLAGS.get(script, {}) | (FLAGS["training"] if script in ("vqgan", "transformer") else {})
+    one = st.sampled_from(sorted(flags)).flatmap(lambda flag: st.tuples(st.just(flag), flags[flag]))
+    unknown = TEXT.map(lambda text: (f"--{text}x", "1"))
+    case = st.one_of(one, one, one, unknown)
+    argv = argv_of(script, setting, tmp_path)
+    assert count_refused(case, examples, lambda pair: refused(script, argv + list(pair))) >= least
+
+
+@pytest.mark.parametrize("script", sorted(set(MAINS) - {"data"}))
+def test_flags_left_out(setting, tmp_path, script):
+    """Every flag of a training is needed but --device and --token-cache; the others say themselves what they need."""
+    argv = argv_of(script, setting, tmp_path)
+    needed = 0
+    for i in range(0, len(argv), 2):
+        if argv[i] not in ("--output", "--config"):    # whose default would be written to, or is a long training's
+            needed += refused(script, argv[:i] + argv[i + 2 :])
+        with_no_value = argv[:i] + argv[i + 2 :] + [argv[i]]
+        assert refused(script, with_no_value)
+    assert needed >= (3 if script != "inpainting" else 0)
+
+
+def test_data_commands(setting, tmp_path):
+    root = str(setting.root)
+    numbers = {"--threshold": WRONG_NUMBERS, "--size": WRONG_NUMBERS, "--shard-size": WRONG_NUMBERS,
+               "--val-share": WRONG_NUMBERS, "--test-share": WRONG_NUMBERS}    # fmt: skip
+    case = st.tuples(st.sampled_from(["check", "split", "shards", "chek"]), st.sampled_from(sorted(numbers)).flatmap(
+        lambda flag: st.tuples(st.just(flag), numbers[flag])), PATHS)    # fmt: skip
+
+    def judge(case) -> bool:
+        command, flag, folder = case
+        more = {"split": ["--output", f"{tmp_path}/split"], "shards": ["--output", f"{tmp_path}/x", "--size", "8"]}
+        argv = [command, root + "/train", *more.get(command, []), *flag]
+        return refused("data", argv) | refused("data", [command, folder])
+
+    assert count_refused(case, 30, judge) >= 20
+
+
+# ---- files ----
+
+
+def spoiled(files: list[Path]) -> st.SearchStrategy:
+    """(name, content): one of the files, truncated, overwritten in places, or something else."""
+    contents = {path.name: path.read_bytes() for path in files}
+
+    def spoil(name: str) -> st.SearchStrategy:
+        good = contents[name]
+        cut = st.integers(0, len(good) - 1).map(lambda n: good[:n])
+        edit = st.tuples(st.integers(0, min(len(good) - 1, 60)), st.binary(min_size=1, max_size=4))
+        edited = st.lists(edit, min_size=1, max_size=4).map(lambda edits: _overwrite(good, edits))
+        return st.tuples(st.just(name), st.one_of(cut, st.binary(max_size=40), edited))
+
+    return st.sampled_from(sorted(contents)).flatmap(spoil)
+
+
+def _overwrite(good: bytes, edits: list[tuple[int, bytes]]) -> bytes:
+    content = bytearray(good)
+    for place, new in edits:
+        content[place : place + len(new)] = new
+    return bytes(content)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, content: bytes):
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "script, folder, least",
+    [("vqgan", "train", 15), ("vqgan", "val", 10), ("transformer", "train", 15), ("inpainting", "images", 15),
+     ("inpainting", "masks", 15), ("evaluate", "masks", 15), ("baselines", "masks", 15)],
+)    # fmt: skip
+def test_pictures_and_masks(setting, tmp_path, script, folder, least):
+    folder = setting.root / folder
+
+    def judge(case) -> bool:
+        name, content = case
+        with replaced(folder / name, content):
+            argv = argv_of(script, setting, tmp_path)
+            if script == "transformer":    # nothing to read from what an example before has encoded
+                argv[-1] = str(tmp_path / f"tokens-{abs(hash(case))}")
+            return refused(script, argv)
+
+    assert count_refused(spoiled(sorted(folder.iterdir())[:3]), 25, judge) >= least
+
+
+@pytest.mark.parametrize("script", ["inpainting", "evaluate", "baselines"])
+def test_masks_that_do_not_fit(setting, tmp_path, script):
+    """Other sizes, and names without a partner."""
+    masks = setting.root / "masks"
+    case = st.one_of(
+        st.tuples(st.integers(1, 40), st.integers(1, 40)).filter(lambda size: size != (16, 16)),
+        TEXT.filter(lambda text: text and "/" not in text and text not in (".", "..")),
+    )
+
+    def judge(case) -> bool:
+        if isinstance(case, tuple):
+            buffer = io.BytesIO()
+            Image.fromarray(np.zeros((case[1], case[0]), np.uint8)).save(buffer, "PNG")
+            with replaced(masks / "001.png", buffer.getvalue()):
+                return refused(script, argv_of(script, setting, tmp_path))
+        other = masks / f"{case}.png"
+        if other.exists():
+            return False
+        os.rename(masks / "001.png", other)
+        try:
+            return refused(script, argv_of(script, setting, tmp_path))
+        finally:
+            os.rename(other, masks / "001.png")
+
+    assert count_refused(case, 20, judge) >= 12
+
+
+@pytest.mark.parametrize("script, flag, file", [("transformer", "--vqgan", "vqgan.pt"), ("vqgan", "--resume", "vqgan.pt"),
+                                                ("inpainting", "--checkpoint", "model.safetensors")])    # fmt: skip
+def test_checkpoints(setting, tmp_path, script, flag, file):
+    path = tmp_path / file
+
+    def judge(case) -> bool:
+        path.write_bytes(case[1])
+        return refused(script, [*argv_of(script, setting, tmp_path), flag, str(path)])
+
+    assert count_refused(spoiled([setting.root / file]), 30, judge) >= 15
