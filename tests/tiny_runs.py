@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.tensorboard    # noqa: F401  here, so that not every child imports it
+import torch.utils.tensorboard  # noqa: F401  here, so that not every child imports it
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from torch import Tensor
