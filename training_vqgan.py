@@ -2,9 +2,9 @@
 
     python training_vqgan.py --config configs/tiny.yml --train-dir PICTURES --val-dir PICTURES --output-dir runs/vqgan
 
-configs/tiny.yml takes a minute on a CPU; configs/cat64.yml is for a GPU. Several GPUs: accelerate launch training_vqgan.py
-... with the same flags, the batch is split over the processes. Again after a kill, a full disk or a stop: the same command
-with --resume auto. More in docs/training.md.
+configs/tiny.yml takes a minute on a CPU; configs/cat64.yml makes the model that ships. Several GPUs:
+`accelerate launch training_vqgan.py ...` with the same flags, the batch is split over the processes. Again after a kill, a
+full disk or a stop: the same command with --resume auto. More in docs/training.md.
 
 Losses: L1 + Laplacian pyramid + perceptual + codebook, and from `adversarial_from` on a hinge GAN with feature matching
 (Esser et al. 2021, section 3.1, with a fixed weight). Half of the pictures are decoded with nothing known, the others with
