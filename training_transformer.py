@@ -2,9 +2,10 @@
 
     python training_transformer.py --config configs/tiny.yml --vqgan runs/vqgan/last.pt ...
 
-(--train-dir, --val-dir and --output-dir as in stage 1). configs/tiny.yml takes a minute on a CPU; configs/cat64.yml makes the
-model that ships. Several GPUs: `accelerate launch training_transformer.py ...` with the same flags, the batch is split over
-the processes. Again after a kill, a full disk or a stop: the same command with --resume auto. More in docs/training.md.
+(--train-dir, --val-dir and --output-dir as in stage 1). configs/tiny.yml takes a minute on a CPU; configs/cat64.yml makes
+the model that ships. Several GPUs: `accelerate launch training_transformer.py ...` with the same flags, the batch is split
+over the processes. Again after a kill, a full disk or a stop: the same command with --resume auto. More in
+docs/training.md.
 
 Masked visual token modelling (Chang et al. 2022, section 3.1): hide tokens, predict them, cross-entropy. The set is
 encoded once, with its mirror images, into a cache on disk (`token_cache.py`); no encoder runs while the transformer
