@@ -4,6 +4,7 @@ A child is forked, not started anew: it has everything imported already, and wha
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -109,8 +110,14 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
+        # The child must never destroy what the parent holds in reference cycles: an object with threads of its own (an
+        # ONNX session, say) would wait there for threads that a fork does not copy, for ever.
+        gc.collect()
+        gc.freeze()
         self.pid = os.fork()
-        if self.pid == 0:
+        if self.pid:
+            gc.unfreeze()
+        else:
             code = 70
             try:
                 output = os.open(self.log, os.O_WRONLY | os.O_CREAT)
