@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import html
 import inspect
@@ -43,8 +44,9 @@ from models.schedule import SCHEDULES
 try:
     import gradio as gr
     from starlette.middleware import Middleware
+    from starlette.requests import ClientDisconnect
 except ImportError:    # only the page needs it; `main` says how to get it
-    gr = None
+    gr, ClientDisconnect = None, ConnectionError
 
 HERE = Path(__file__).resolve().parent
 DEFAULTS = {name: p.default for name, p in inspect.signature(iterative_decode).parameters.items()}
@@ -616,7 +618,8 @@ class OnlyFromHere:
         if scope["type"] == "http" and re.search(r"/(file|proxy)=\w+:", scope["path"]):    # Gradio would fetch the address
             await send_with_policy({"type": "http.response.start", "status": 403})
             await send({"type": "http.response.body", "body": b"Addresses are not fetched here."})
-        else:
+            return
+        with contextlib.suppress(ClientDisconnect):    # a visitor who leaves is no error
             await self.app(scope, receive, send_with_policy)
 
 
