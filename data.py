@@ -319,7 +319,10 @@ def open_shards(pattern: str, size: int, *, batch_size: int = 1, seed: int | Non
             buffer smaller than the set suffices.
         bad_images: "skip" puts another picture of the buffer in the place of one that can't be read, and says so.
     """
-    import webdataset
+    try:
+        import webdataset
+    except ImportError as error:
+        raise DataError("reading shards needs the package webdataset: pip install webdataset") from error
 
     if not 0 <= rank < world_size or start < 0 or epoch < 0 or min(size, batch_size, buffer) < 1 or (seed or 0) < 0:
         raise ValueError(f"open_shards needs 0 <= rank ({rank}) < world_size ({world_size}), start ({start}), epoch "

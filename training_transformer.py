@@ -127,9 +127,9 @@ def open_tokens(args: argparse.Namespace, vqgan: VQGAN, pixels: bool, accelerato
     if c.codebook_size > 65536:
         raise utils.UserError(f"config vqgan.codebook_size ({c.codebook_size}) must be at most 65536, for tokens of 16 bits")
     pieces = token_cache.list_pieces(args.train_dir)
-    weights = [*vqgan.encoder.state_dict().values(), vqgan.codebook.codes()]
+    weights = [*vqgan.encoder.state_dict().values(), *vqgan.codebook.state_dict().values()]
     about = {
-        "tokenizer": utils.fingerprint(c.encoder, c.image_size, c.stride, *weights),
+        "tokenizer": utils.fingerprint(c.encoder, c.image_size, c.stride, c.l2_normalize, *weights),
         "pictures": token_cache.fingerprint_pictures(pieces), "pixels": pixels,
     }    # fmt: skip
     training.on_main(accelerator, lambda: token_cache.check_about(folder, about))

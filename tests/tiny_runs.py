@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.utils.tensorboard  # noqa: F401  here, so that not every child imports it
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -28,6 +29,9 @@ import training
 import training_transformer
 import training_vqgan
 import utils
+
+if not hasattr(os, "fork"):
+    pytest.skip("these tests fork their trainings", allow_module_level=True)
 
 # 24 pictures, 3 steps an epoch, 12 steps in all. Stage 1: discriminator from step 5, frozen tokens from step 9.
 CONFIG = """
@@ -112,7 +116,6 @@ class Child:
         sys.stderr.flush()
         # The child must never destroy what the parent holds in reference cycles: an object with threads of its own (an
         # ONNX session, say) would wait there for threads that a fork does not copy, for ever.
-        gc.collect()
         gc.freeze()
         self.pid = os.fork()
         if self.pid:
@@ -141,9 +144,16 @@ class Child:
                 sys.stderr.flush()
                 os._exit(code)
 
-    def wait(self) -> "Child":
+    def wait(self, seconds: float = 240) -> "Child":
         """To the end; then `code` is the exit code, or minus the signal that killed it, and `text` its output."""
-        _, status = os.waitpid(self.pid, 0)
+        deadline = time.monotonic() + seconds
+        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                pytest.fail(f"a training of a second has not ended after {seconds:.0f} s: {self.log.read_text()[-2000:]}")
+            time.sleep(0.005)
+        _, status = ended
         self.code = os.waitstatus_to_exitcode(status)
         self.text = self.log.read_text().replace("\r", "\n")
         self.log.unlink()
