@@ -409,9 +409,10 @@ class NotFinite(UserError):
 
 
 def check_finite(value: float | Tensor, what: str) -> None:
+    value = value.item() if isinstance(value, Tensor) else value
     if not math.isfinite(value):
         raise NotFinite(
-            f"the {what} is {float(value)}: stopped before the weights were changed. Leave such steps out with "
+            f"the {what} is {value}: stopped before the weights were changed. Leave such steps out with "
             "--resume auto --on-nan skip, or begin anew with a lower learning rate or precision fp32"
         )
 
