@@ -7,6 +7,7 @@ it. So one process or several, an uninterrupted run or one that was killed and r
 import contextlib
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -77,6 +78,9 @@ def start(device: str, precision: str, **ddp_options: bool):
     """The Accelerator: one process under `python`, several under `accelerate launch` or `torchrun`."""
     from accelerate import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    # On a CPU, oneDNN compiles kernels for every shape that it meets, and stage 2 hides another number of tokens at each
+    # step. The 1,024 that it keeps by default fill gigabytes within a few hundred steps, and are hardly ever used again.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     # An hour: the others wait while one of them encodes its share of the pictures or writes a checkpoint.
     handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=1)), DistributedDataParallelKwargs(**ddp_options)]
     return utils.make_accelerator(device, precision, handlers)
