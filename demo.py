@@ -38,6 +38,7 @@ import utils
 from data import DataError, find_images, open_rgb, read_mask
 from models import MaskGIT
 from models.decoding import DECODERS, Round, iterative_decode
+from models.maskgit import pixel_to_token_mask
 from models.pictures import View
 from models.schedule import SCHEDULES
 
@@ -244,14 +245,14 @@ def steps(model: MaskGIT, result: Result, index: int) -> list[Step]:
     tokens = torch.stack([one.tokens[index] for one in result.rounds])                         # (T, N)
     pictures = model.render(tokens, (known * 255).round().to(torch.uint8), hole)               # T of (3, size, size)
     start = torch.where(hole, torch.tensor(OPEN).view(3, 1, 1), pictures[0]).to(torch.uint8)
-    grid = model.vqgan.config.grid
-    first = torch.nn.functional.max_pool2d(hole.float(), model.vqgan.config.stride).flatten() > 0.5
+    first = pixel_to_token_mask(view.small_hole, model.vqgan.config.stride)[0]                 # (N,)
     opened = [first] + [one.masked[index].cpu() for one in result.rounds]
+    grid = model.vqgan.config.grid
     titles = ["Start"] + [f"Round {t}" for t in range(1, len(pictures) + 1)]
     return [
         Step(
             title, f"{int(left.sum())} of {int(first.sum())} tokens open", as_image(image),
-            Image.fromarray(np.where(left.view(grid, grid, 1).cpu().numpy(), OPEN, DONE).astype(np.uint8)),
+            Image.fromarray(np.where(left.view(grid, grid, 1).numpy(), OPEN, DONE).astype(np.uint8)),
         )
         for title, image, left in zip(titles, [start, *pictures], opened, strict=True)
     ]    # fmt: skip
@@ -324,7 +325,7 @@ CSS = """
 .gallery-box .grid-container { grid-auto-rows: auto; grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); }
 #samples .grid-container { padding-top: 1.6em; }
 #samples .thumbnail-item { border-radius: 6px; }
-#editor { height: min(520px, 110vw) !important; }
+#editor { height: min(520px, 92vw) !important; }
 #editor [aria-label="Clear canvas"] { display: none; }    /* it would take the picture away, too */
 .pair { flex-wrap: nowrap; }
 .pair > * { min-width: 0 !important; }
@@ -332,7 +333,8 @@ CSS = """
 .status.fine { border-color: #0f766e; background: #0f766e18; }
 .status.error { border-color: #b91c1c; background: #b91c1c1f; font-weight: 600; }
 .film { width: 100%; max-width: 520px; border-radius: 8px; }
-ol.strip { display: flex; gap: .6em; overflow-x: auto; list-style: none; margin: .6em 0 0; padding: 0 0 .6em; }
+ol.strip { display: flex; gap: .6em; overflow-x: auto; list-style: none; margin: .6em 0 0; padding: 0 0 .6em;
+  width: 0; min-width: 100%; }    /* as wide as the column, never wider */
 ol.strip li { flex: 0 0 84px; display: flex; flex-direction: column; gap: 4px; margin: 0; }
 ol.strip img { width: 84px; height: 84px; border-radius: 4px; }
 ol.strip img.tokens { image-rendering: pixelated; }
@@ -360,10 +362,14 @@ class Page:
     Args:
         samples: (name, picture file, mask file or None).
         folder: for files to download; must lie in Gradio's own temporary folder.
+        precision: fp32 or bf16.
     """
 
-    def __init__(self, model: MaskGIT, samples: list[tuple[str, Path, Path | None]], max_pixels: int, folder: Path) -> None:
+    def __init__(
+        self, model: MaskGIT, samples: list[tuple[str, Path, Path | None]], max_pixels: int, folder: Path, precision: str
+    ) -> None:
         self.model, self.samples, self.max_pixels, self.folder = model, samples, max_pixels, folder
+        self.precision = precision
         self.ui = SimpleNamespace()
 
     # ---- layout ----
@@ -393,8 +399,8 @@ class Page:
             elem_id="samples", elem_classes="gallery-box",
         )    # fmt: skip
         with gr.Row(elem_classes="pair"):
-            ui.upload = gr.UploadButton("Upload a picture", file_types=["image"], size="md", elem_id="upload")
-            ui.upload_mask = gr.UploadButton("Upload a mask", file_types=["image"], size="md", elem_id="upload-mask")
+            ui.upload = gr.UploadButton("Upload a picture", size="md", elem_id="upload")
+            ui.upload_mask = gr.UploadButton("Upload a mask", size="md", elem_id="upload-mask")
         ui.editor = gr.ImageEditor(
             editor_value(picture) if picture else None, label="Paint the hole", type="numpy", format="png", sources=(),
             transforms=(), layers=False, buttons=[], canvas_size=(CANVAS[0], CANVAS[0]), height=520, elem_id="editor",
@@ -560,6 +566,7 @@ class Page:
                 self.model, picture, painted(editor, picture.box[2] if picture else 1), seed, num_samples, total_iter,
                 on_round=lambda t: progress((t, last), desc="Completing", unit="rounds"), sweet_spot=last,
                 schedule=schedule, decoder=decoder, temperature=temperature, choice_temperature=choice,
+                precision=self.precision,
             )    # fmt: skip
         except ValueError as error:
             yield {ui.status: status_html(str(error), error=True)}
@@ -635,6 +642,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this computer only)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is about twice as fast")
     parser.add_argument("--max-pixels", type=int, default=24_000_000, help="of an uploaded picture (default: %(default)s)")
     parser.add_argument("--max-megabytes", type=int, default=24, help="of an uploaded file (default: %(default)s)")
     return parser.parse_args(argv)
@@ -694,7 +702,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that the folder goes
     with tempfile.TemporaryDirectory(prefix="maskgit-demo-") as folder:    # all that the page writes, gone with it
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ALLOWED_PATHS": ""}
-        blocks = launch(Page(model, find_samples(Path(args.samples)), args.max_pixels, Path(folder)), args)
+        page = Page(model, find_samples(Path(args.samples)), args.max_pixels, Path(folder), args.precision)
+        blocks = launch(page, args)
         print(f"the page is at {blocks.local_url} (stop it with Ctrl-C)")
         try:
             blocks.block_thread()

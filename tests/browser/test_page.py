@@ -156,11 +156,12 @@ def test_a_completion_can_be_the_next_input(visit, pictures):
     assert np.array_equal(second[far], first[far]) and (second[near] != first[near]).any(1).mean() > 0.9
 
 
-def test_paint_can_be_removed_and_erased_by_undo(visit):
+def test_paint_can_be_removed(visit):
     seen = visit()
-    seen.paint((0.3, 0.3), (0.6, 0.3))
-    seen.page.get_by_role("button", name="Remove the paint").click()
-    seen.page.wait_for_selector("#editor [aria-label='Undo'][disabled]", state="attached")
+    for y in (0.3, 0.6):
+        seen.paint((0.3, y), (0.6, y))
+        seen.page.get_by_role("button", name="Remove the paint").click()
+        seen.page.wait_for_timeout(2000)
     seen.page.click("#complete")
     seen.status("Nothing is painted yet")
 
@@ -180,8 +181,9 @@ def test_bad_input_gets_a_sentence_and_the_page_lives_on(visit, pictures):
     seen.status("Nothing is painted yet: paint over the part to be filled in, or upload a mask.")
     seen.upload("huge.png", huge)
     seen.status("huge.png has 10000x10000 pixels, more than the 4,000,000 allowed|has far more pixels than")
-    seen.upload("words.png", b"these are words")
-    seen.status("words.png is not a picture that can be read")
+    for name in ("words.png", "words.txt"):
+        seen.upload(name, b"these are words")
+        seen.status(f"{name} is not a picture that can be read")
     seen.upload("cut.png", plain[: len(plain) // 2])
     seen.status("cannot read cut.png as a picture")
     seen.upload("tiny.png", pictures.png(pictures.noise(9, 64)))
@@ -214,13 +216,6 @@ def test_a_file_of_too_many_bytes_is_refused_on_the_page(visit, pictures):
     seen.page.get_by_label("Thumbnail 2 of 3").click()
     seen.status("Sample cat1")
     assert "completions" in seen.complete(seed=51)
-
-
-def test_files_that_are_no_pictures_by_name_are_refused_on_the_page(visit):
-    seen = visit()
-    seen.tolerated.append("nvalid file type")
-    seen.upload("words.txt", b"these are words")
-    seen.page.get_by_text(re.compile("invalid file type|not a picture", re.IGNORECASE)).first.wait_for()
 
 
 # ---- several visitors, small screens, no mouse ----
