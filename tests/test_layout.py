@@ -26,6 +26,7 @@ LIBRARIES = {
     "features": {"metrics", "utils"},
     "figures": {"data", "models", "utils"},
     "metrics": {"models.perceptual", "utils"},
+    "muon": set(),
     "tasks": {"data", "models", "utils"},
     "token_cache": {"data", "training", "utils"},
     "training": {"data", "utils"},

@@ -65,7 +65,9 @@ def test_stage_2_trains_the_transformer_alone(setting, stage2):
     vqgan = utils.load_checkpoint(setting.vqgan, "vqgan-training")["ema"]
     assert differences(dict(state["vqgan"]), dict(vqgan)) == []
     assert len(state["optimizer"]["state"]) == len(state["model"])
-    shapes = sorted(tuple(entry["exp_avg"].shape) for entry in state["optimizer"]["state"].values())
+    states = state["optimizer"]["state"].values()
+    shapes = sorted(tuple((entry["momentum"] if "momentum" in entry else entry["exp_avg"]).shape) for entry in states)
+    assert sum("momentum" in entry for entry in states) == 5    # qkv, proj, two of the MLP, one of the head
     assert shapes == sorted(tuple(value.shape) for value in state["model"].values())
 
 
