@@ -17,14 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from utils import UserError, run_cli, writable_folder
+from utils import Parser, UserError, run_cli, writable_folder
 
 METHODS = ("telea", "navier-stokes", "mean")
 RADIUS = 3    # pixels around each hole pixel that OpenCV looks at; its documentation's usual value
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="pictures to complete")
     parser.add_argument("--masks", type=Path, required=True, metavar="DIR", help="hole masks of the same names, or one")
     parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="its colour in the masks")

@@ -484,7 +484,7 @@ def markdown(report: dict) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("inpaint", "train"))
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the bundled one, else its config")
     parser.add_argument("--reference-checkpoint", type=Path, metavar="FILE", help="trained reference weights")

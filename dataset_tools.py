@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -285,8 +285,15 @@ def _png(pixels: np.ndarray) -> bytes:
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+class _Parser(argparse.ArgumentParser):
+    """Errors are one sentence, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DataError(f"{message}; see --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="check|split|shards")
     command = commands.add_parser("check", help="report duplicates; exit 1 if any crosses two folders")
     command.add_argument("folders", nargs="+", metavar="DIR", help="folders of pictures, such as train, val and test")
@@ -316,8 +323,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         if not 0 < getattr(args, "threshold", THRESHOLD) <= 1:
             raise DataError(f"--threshold ({args.threshold}) must lie in (0, 1]")
         return args.run(args)

@@ -635,7 +635,7 @@ async def refuse_address(*_: Any) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundled = str(HERE / "checkpoints/cat64.safetensors")
     parser.add_argument("--checkpoint", default=bundled, help="model (default: the bundled one)")
     parser.add_argument("--samples", default=str(HERE / "samples"), help="folder with images/ and masks/ to choose from")

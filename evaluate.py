@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 from features import Features, Statistics, load_features
 from metrics import Perceptual, frechet_distance, kernel_distance, load_perceptual, paired_metrics, summarise
-from utils import UserError, atomic_write, pick_device, run_cli, writable_folder
+from utils import Parser, UserError, atomic_write, pick_device, run_cli, writable_folder
 
 PACKAGES = ("torch", "torchvision", "numpy", "torchmetrics", "pytorch-fid", "onnxruntime", "pillow")
 # Head and format of the table's columns.
@@ -35,7 +35,7 @@ COLUMNS = {
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predicted", type=Path, required=True, metavar="DIR", help="completed pictures")
     parser.add_argument("--ground-truth", type=Path, required=True, metavar="DIR|FILE.npz",
                         help="originals, or their statistics saved before")

@@ -18,7 +18,7 @@ from models.vqgan import VQGANConfig
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformer", required=True, help="stage-2 checkpoint (last.pt or best.pt)")
     parser.add_argument("--vqgan", help="stage-1 checkpoint or .safetensors model with a better decoder for the same tokens")
     parser.add_argument("--output", required=True, help="the .safetensors file to write")

@@ -22,7 +22,7 @@ import torch
 
 import data
 from models.schedule import SCHEDULES, gamma
-from utils import UserError, atomic_write, run_cli
+from utils import Parser, UserError, atomic_write, run_cli
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart too, one for each schedule wherever it is drawn.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -283,7 +283,7 @@ def folder_grid(folders: list[Path], labels: list[str], names: list[str], path: 
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     sweep = commands.add_parser("sweep", help="score over T and over the sweet spot")
     sweep.add_argument("csv", type=Path)

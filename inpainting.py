@@ -45,7 +45,7 @@ class Job:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     flag = parser.add_argument
     flag("--mask-func", default="cosine", metavar="NAME", help=f"schedule: {', '.join(SCHEDULES)} (default: %(default)s)")

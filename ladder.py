@@ -111,7 +111,7 @@ class Judge:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundled = HERE / "checkpoints/cat64.safetensors"
     parser.add_argument("--originals", type=Path, required=True, metavar="DIR", help="clean pictures, all of one size")
     parser.add_argument("--masks", type=Path, required=True, metavar="DIR", help="hole masks of the same names, or one")

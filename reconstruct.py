@@ -22,7 +22,7 @@ from tasks import Pair, add_flags, check_counts, load_model, read_pair, usable_p
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--known", action=argparse.BooleanOptionalAction, default=True,
                         help="show known pixels and hole to the decoder")    # fmt: skip

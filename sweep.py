@@ -104,7 +104,7 @@ class Judge:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
     bundled = HERE / "checkpoints/cat64.safetensors"
     parser.add_argument("--checkpoint", type=Path, default=bundled, metavar="FILE", help="model (default: the bundled one)")

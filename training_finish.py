@@ -191,7 +191,7 @@ def validate(run: Run, images: Tensor, path: Path) -> dict[str, float]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     utils.add_training_flags(parser, "configs/cat64.yml")
     parser.add_argument("--model", required=True, help="the model of stage 2 (maskgit.safetensors)")
     parser.add_argument("--vqgan", required=True, help="stage-1 checkpoint (last.pt) with decoder and discriminator")

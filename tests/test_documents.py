@@ -164,12 +164,11 @@ def command_complaints(command: Command) -> Iterator[str]:
     if unknown:
         yield f"{command.script} has no {', '.join(unknown)}"
     elif command.whole:
-        with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):    # --help
             try:
                 parser.parse_args(command.arguments)
-            except SystemExit as end:
-                if end.code:
-                    yield f"{command.script} {shlex.join(command.arguments)}: {stderr.getvalue().splitlines()[-1]}"
+            except ValueError as error:
+                yield f"{command.script} {shlex.join(command.arguments)}: {error}"
 
 
 def path_complaints(text: str, folder: Path) -> Iterator[str]:
