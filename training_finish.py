@@ -2,7 +2,7 @@
 
     python training_finish.py --model runs/maskgit/maskgit.safetensors --vqgan runs/vqgan/last.pt ...
 
-(the other flags are those of the two stages: --config, --train-dir, --val-dir, --output-dir, ...)
+(--config, --train-dir, --val-dir, --output-dir and the other flags as in the two stages; more in docs/training.md).
 
 Encoder, codebook and transformer stand still; the decoder and its discriminator go on from stage 1 (`--vqgan`). Half of
 every batch keeps its true tokens and the losses of stage 1, so that the decoder forgets nothing; the other half gets its
@@ -12,18 +12,17 @@ join the known pixels. The finished model, all parts in one file, is OUTPUT/mask
 
 import argparse
 import copy
-import json
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.utils import save_image
-from tqdm import tqdm
 
+import training
 import utils
 from data import load_folder, random_holes, to_float
 from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss
@@ -37,6 +36,7 @@ KIND = "finish-training"
 class FinishConfig:
     epochs: int = 5
     batch_size: int = 32                # pictures per optimizer step; half of them with sampled tokens
+    accum_grad: int = 1                 # micro-batches per optimizer step
     learning_rate: float = 1e-4         # peak; falls along a half cosine
     discriminator_rate: float = 1e-4    # constant
     warmup_steps: int = 50
@@ -61,11 +61,9 @@ class FinishConfig:
     val_pictures: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "rounds", "log_every", "save_every", "val_pictures"):
+        for name in ("epochs", "batch_size", "accum_grad", "rounds", "log_every", "save_every", "val_pictures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size % 2:
-            raise ValueError(f"batch_size must be even (half true, half sampled tokens), got {self.batch_size}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         if self.learning_rate <= 0 or self.discriminator_rate <= 0 or self.grad_clip <= 0:
@@ -78,34 +76,44 @@ class Run:
 
     config: FinishConfig
     accelerator: Accelerator
-    model: MaskGIT
-    decoder: nn.Module    # model.vqgan.decoder, the only part that learns
+    model: MaskGIT              # its decoder is the averaged one
+    decoder: nn.Module          # the only part that learns
     discriminator: nn.Module
-    ema: nn.Module
     optimizer: torch.optim.Optimizer
     optimizer_d: torch.optim.Optimizer
     features: PerceptualFeatures
-    total_steps: int
+    pictures: Any               # training.FolderPictures or ShardPictures
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.pictures) // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * self.per_epoch
 
 
-def draw_batch(images: Tensor, step: int, c: FinishConfig) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, H, W) in [-1, 1] and holes (B, 1, H, W) of one step, a function of (seed, step) alone."""
-    epoch, k = divmod(step, len(images) // c.batch_size)
-    chosen = utils.epoch_order(len(images), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
+def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
+    """This process's pictures, holes and sampling seeds of one step; those of all are a function of (seed, step) alone.
+
+    Returns (b, 3, H, W) in [-1, 1], mirrored half of the time, (b, 1, H, W) holes, and b numbers; b = B / processes.
+    """
+    c, mine = run.config, slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     generator = utils.seeded(c.seed, "finish batch", step)
-    mirrored = torch.rand(len(chosen), 1, 1, 1, generator=generator) < 0.5
-    batch = to_float(images[chosen])
-    return torch.where(mirrored, batch.flip(3), batch), random_holes(len(chosen), images.shape[-1], generator).float()
+    mirrored = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < 0.5
+    image = to_float(run.pictures.batch(step))                                   # (b, 3, H, W)
+    holes = random_holes(c.batch_size, image.shape[-1], generator)               # (B, 1, H, W)
+    seeds = [utils.seeded(c.seed, "finish sample", step, i).initial_seed() for i in range(c.batch_size)]
+    return torch.where(mirrored[mine], image.flip(3), image), holes[mine].float(), seeds[mine]
 
 
 @torch.no_grad()
-def mixed_tokens(run: Run, image: Tensor, mask: Tensor, step: int) -> Tensor:
+def mixed_tokens(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> Tensor:
     """True tokens for the first half of the batch, sampled ones in the holes of the second: (B, N)."""
     c, half = run.config, len(image) // 2
-    seeds = [utils.seeded(c.seed, "finish sample", step, i).initial_seed() for i in range(len(image) - half)]
     with run.accelerator.autocast():
         rounds = run.model.complete_tokens(
-            image[half:], mask[half:], seeds, total_iter=c.rounds, temperature=c.temperature
+            image[half:], mask[half:], seeds[half:], total_iter=c.rounds, temperature=c.temperature
         )
     return torch.cat([run.model.vqgan.encode(image[:half]), rounds[-1].tokens])
 
@@ -122,13 +130,13 @@ def generator_terms(run: Run, image: Tensor, mask: Tensor, tokens: Tensor) -> tu
     z_q = run.model.vqgan.codebook.lookup(tokens.view(-1, grid, grid))           # (B, d, h, w)
     output = run.decoder(z_q, image, mask).float()                               # (B, 3, H, W)
     pasted = torch.where(mask.bool(), output, image)
+    judge = run.accelerator.unwrap_model(run.discriminator).requires_grad_(False)    # here it only judges
     with torch.no_grad():
         wanted = run.features(image)
-        _, real = run.discriminator(image)
+        _, real = judge(image)
     distance = perceptual_distance(run.features(pasted), wanted)                 # (B,)
-    run.discriminator.requires_grad_(False)
-    score, fake = run.discriminator(pasted)
-    run.discriminator.requires_grad_(True)
+    score, fake = judge(pasted)
+    judge.requires_grad_(True)
     terms = {
         "l1": c.l1 * hole_l1(output[:half], image[:half], mask[:half]),
         "laplacian": c.laplacian * laplacian_distance(pasted[:half], image[:half]),
@@ -141,171 +149,214 @@ def generator_terms(run: Run, image: Tensor, mask: Tensor, tokens: Tensor) -> tu
     return terms, pasted
 
 
-def train_step(run: Run, images: Tensor, step: int) -> dict[str, float]:
-    c, accelerator = run.config, run.accelerator
-    utils.set_rate(run.optimizer, utils.cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps))
-    image, mask = (x.to(accelerator.device) for x in draw_batch(images, step, c))
-    tokens = mixed_tokens(run, image, mask, step)
+def micro_step(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+    """Forward and backward of decoder and discriminator on one micro-batch; gradients add up. Returns the terms."""
+    accelerator, share = run.accelerator, run.config.accum_grad
+    tokens = mixed_tokens(run, image, mask, seeds)
     with accelerator.autocast():
         terms, pasted = generator_terms(run, image, mask, tokens)
-    loss = sum(terms.values())
-    utils.check_finite(loss, "loss")
-    accelerator.backward(loss)
+    terms["loss"] = sum(terms.values())
+    accelerator.backward(terms["loss"] / share)
     with accelerator.autocast():
         scores, _ = run.discriminator(torch.cat([image, pasted.detach()]))
-        loss_d = hinge_loss(*scores.float().chunk(2))
-    utils.check_finite(loss_d, "discriminator loss")
-    accelerator.backward(loss_d)
-    for module, optimizer in ((run.decoder, run.optimizer), (run.discriminator, run.optimizer_d)):
-        utils.check_finite(accelerator.clip_grad_norm_(module.parameters(), c.grad_clip), "gradient")
-        optimizer.step()
+        terms["discriminator"] = hinge_loss(*scores.float().chunk(2))
+    accelerator.backward(terms["discriminator"] / share)
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def train_step(run: Run, step: int, image: Tensor, mask: Tensor, seeds: list[int]) -> dict[str, float]:
+    """One optimizer step. Returns the terms, averaged over micro-batches and processes.
+
+    Raises:
+        NotFinite: a term or a gradient is not finite; nothing has been changed.
+    """
+    c, accelerator = run.config, run.accelerator
+    rate = utils.cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps)
+    utils.set_rate(run.optimizer, rate)
+    optimizers = (run.optimizer, run.optimizer_d)
+    for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    utils.update_ema(run.ema, run.decoder, utils.ema_decay_at(step, c.ema_decay))
-    return {"loss": loss.item(), "discriminator": loss_d.item()} | {name: term.item() for name, term in terms.items()}
+    totals: dict[str, Tensor] = {}
+    for micro in range(c.accum_grad):
+        part = slice(micro, None, c.accum_grad)
+        with training.local_gradients(accelerator, micro < c.accum_grad - 1, run.decoder, run.discriminator):
+            terms = micro_step(run, image[part], mask[part], seeds[part])
+        totals = {name: totals.get(name, 0) + term / c.accum_grad for name, term in terms.items()}
+    totals["gradient_norm"] = accelerator.clip_grad_norm_(run.decoder.parameters(), c.grad_clip)
+    totals["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(run.discriminator.parameters(), c.grad_clip)
+    values = utils.average_over_processes(totals, accelerator)
+    training.check_all_finite(values, step)
+    for optimizer in optimizers:
+        optimizer.step()
+    average = run.model.vqgan.decoder
+    utils.update_ema(average, accelerator.unwrap_model(run.decoder), utils.ema_decay_at(step, c.ema_decay))
+    return values | {"learning_rate": rate}
 
 
 @torch.no_grad()
-def validate(run: Run, images: Tensor, path: Path) -> dict[str, float]:
-    """The averaged decoder on fixed pictures and holes, with true and with sampled tokens; writes a grid."""
-    c, model = run.config, run.model
-    learned, model.vqgan.decoder = model.vqgan.decoder, run.ema
-    holes = random_holes(len(images), images.shape[-1], utils.seeded(c.seed, "validation holes")).float()
-    sums = dict.fromkeys(("val_true_perceptual", "val_true_psnr", "val_sampled_perceptual", "val_sampled_psnr"), 0.0)
-    for start in range(0, len(images), c.batch_size):
-        image = to_float(images[start : start + c.batch_size]).to(model.device)
-        mask = holes[start : start + c.batch_size].to(model.device)
-        with run.accelerator.autocast():
+def validate(run: Run, images: Tensor) -> dict[str, float]:
+    """The averaged decoder on fixed pictures and holes, with true and with sampled tokens; every process takes a share."""
+    c, accelerator, model = run.config, run.accelerator, run.model
+    zero = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    sums = {f"val_{kind}_{name}": zero.clone() for kind in ("true", "sampled") for name in ("perceptual", "psnr")}
+    fixed = (images, validation_holes(run, images), torch.arange(len(images)))
+    for image, mask, seeds in training.share(accelerator, *fixed, batch_size=c.batch_size):
+        image, mask = to_float(image), mask.float()
+        with accelerator.autocast():
             true = model.decode(model.vqgan.encode(image), image, mask)
-            sampled = model.complete(image, mask, range(start, start + len(image)), total_iter=8).images
-        for name, output in (("true", true), ("sampled", sampled)):
+            sampled = model.complete(image, mask, seeds.tolist(), total_iter=8).images
+        for kind, output in (("true", true), ("sampled", sampled)):
             pasted = torch.where(mask.bool(), output, image)
             error = ((pasted - image).pow(2).mean(1, keepdim=True) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
-            distance = perceptual_distance(run.features(pasted), run.features(image), mask)
-            sums[f"val_{name}_psnr"] += (10 * torch.log10(4 / error.clamp_min(1e-10))).sum().item() / len(images)
-            sums[f"val_{name}_perceptual"] += distance.sum().item() / len(images)
-            if start == 0 and name == "sampled":
-                rows = [image[:12], image[:12] * (1 - mask[:12]), pasted[:12]]
-                save_image(torch.cat(rows).cpu(), path, nrow=12, value_range=(-1, 1), normalize=True)
-    model.vqgan.decoder = learned
-    return sums
+            sums[f"val_{kind}_psnr"] += (10 * torch.log10(4 / error.clamp_min(1e-10))).sum()
+            sums[f"val_{kind}_perceptual"] += perceptual_distance(run.features(pasted), run.features(image), mask).sum()
+    share = accelerator.num_processes / len(images)
+    scores = utils.average_over_processes({name: value * share for name, value in sums.items()}, accelerator)
+    return scores | {"val_loss": scores["val_true_perceptual"] + scores["val_sampled_perceptual"]}
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    utils.add_training_flags(parser, "configs/cat64.yml")
-    parser.add_argument("--model", required=True, help="the model of stage 2 (maskgit.safetensors)")
-    parser.add_argument("--vqgan", required=True, help="stage-1 checkpoint (last.pt) with decoder and discriminator")
-    parser.add_argument("--perceptual-weights", help="file with the perceptual network's weights")
-    return parser.parse_args(argv)
+def validation_holes(run: Run, images: Tensor) -> Tensor:
+    return random_holes(len(images), images.shape[-1], utils.seeded(run.config.seed, "validation holes"))
 
 
-def load_parts(args: argparse.Namespace, config: FinishConfig) -> tuple[MaskGIT, PatchDiscriminator]:
-    """The model of stage 2 with the decoder of stage 1, which must have been trained on the same tokens."""
+@torch.no_grad()
+def write_completions(run: Run, images: Tensor, path: Path) -> None:
+    """A grid of 12 validation pictures: as they are, with their holes, completed and pasted."""
+    hole = validation_holes(run, images)[:12].to(run.accelerator.device)
+    image = to_float(images[:12]).to(run.accelerator.device)
+    with run.accelerator.autocast():
+        done = run.model.complete(image, hole, range(len(image)), total_iter=8).images
+    rows = [image, image.masked_fill(hole, 0), torch.where(hole, done, image)]
+    with utils.atomic_write(path) as temporary:
+        save_image(torch.cat(rows).cpu(), temporary, format="png", nrow=len(image), value_range=(-1, 1), normalize=True)
+
+
+def export(run: Run, path: Path, step: int) -> None:
+    """The finished model: everything as in stage 2, with the averaged decoder."""
+    with utils.atomic_write(path) as temporary:
+        try:
+            run.model.save_file(temporary, finish_steps=str(step))
+        except SafetensorError as error:    # what safetensors makes of a full disk
+            raise OSError(None, str(error)) from error
+
+
+def state_of(run: Run, configs: dict) -> dict:
+    unwrap = run.accelerator.unwrap_model
+    return {
+        "kind": KIND, "config": configs, "decoder": unwrap(run.decoder).state_dict(),
+        "ema": run.model.vqgan.decoder.state_dict(), "discriminator": unwrap(run.discriminator).state_dict(),
+        "optimizer": run.optimizer.state_dict(), "optimizer_d": run.optimizer_d.state_dict(),
+    }    # fmt: skip
+
+
+def restore(run: Run, state: dict) -> None:
+    unwrap = run.accelerator.unwrap_model
+    unwrap(run.decoder).load_state_dict(state["decoder"])
+    run.model.vqgan.decoder.load_state_dict(state["ema"])
+    unwrap(run.discriminator).load_state_dict(state["discriminator"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.optimizer_d.load_state_dict(state["optimizer_d"])
+
+
+def load_model(path: str, vqgan: str) -> tuple[MaskGIT, dict]:
+    """The model of stage 2 with the decoder of stage 1, which must have been trained on the same tokens.
+
+    Returns it and the stage-1 checkpoint.
+    """
     try:
-        model = MaskGIT.from_file(args.model)
+        model = MaskGIT.from_file(path)
     except ValueError as error:
         raise utils.UserError(str(error)) from error
     if not model.vqgan.conditioned:
         raise utils.UserError("the finish needs the conditioned decoder; this model has the reference decoder")
-    state = utils.load_checkpoint(args.vqgan, "vqgan-training")
+    state = utils.load_checkpoint(vqgan, "vqgan-training")
     saved, own = state["ema"], model.vqgan.state_dict()
     for name, value in own.items():
         # The model file holds half precision, so the comparison is made there too.
         if not name.startswith("decoder") and not torch.equal(saved[name].half(), value.half()):
-            raise utils.UserError(f"{args.vqgan} has other tokens than {args.model}: {name} differs; give its own VQGAN")
+            raise utils.UserError(f"{vqgan} has other tokens than {path}: {name} differs; give its own VQGAN")
     model.vqgan.load_state_dict(saved)
-    discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_strided)
-    discriminator.load_state_dict(state["discriminator"])
-    return model, discriminator
+    return model.requires_grad_(False).eval(), state
+
+
+def load_features(config: FinishConfig, weights: str | None) -> PerceptualFeatures:
+    try:
+        return PerceptualFeatures(config.perceptual_network, weights)
+    except (OSError, ValueError) as error:
+        raise utils.UserError(f"no perceptual weights ({error}); give them with --perceptual-weights FILE") from error
+
+
+def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:
+    """Models, optimizers, losses and pictures, on their device."""
+    model, stage1 = training.on_main(accelerator, lambda: load_model(args.model, args.vqgan))
+    discriminator = PatchDiscriminator(c.discriminator_channels, c.discriminator_strided)
+    try:
+        discriminator.load_state_dict(stage1["discriminator"])
+    except RuntimeError as error:
+        raise utils.UserError(
+            f"the discriminator of {args.vqgan} has another size than train_finish.discriminator_channels and "
+            "discriminator_strided say"
+        ) from error
+    features = training.on_main(accelerator, lambda: load_features(c, args.perceptual_weights))
+    pictures = training.open_pictures(args, model.image_size, c, accelerator)
+    decoder = copy.deepcopy(model.vqgan.decoder).requires_grad_(True)
+    layout = {"memory_format": torch.channels_last}
+    decoder, discriminator = accelerator.prepare(decoder.to(**layout), discriminator.to(**layout))
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=c.learning_rate, betas=(0.9, 0.99))
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=c.discriminator_rate, betas=(0.5, 0.99))
+    model, features = (module.to(accelerator.device, **layout) for module in (model, features))
+    return Run(c, accelerator, model, decoder, discriminator, optimizer, optimizer_d, features, pictures)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_flags(parser)
+    flag = parser.add_argument
+    flag("--model", required=True, help="the model of stage 2 (maskgit.safetensors)")
+    flag("--vqgan", required=True, help="stage-1 checkpoint (last.pt) with decoder and discriminator")
+    flag("--train-pictures", type=int, help="pictures in the shards (default: counted from their headers)")
+    flag("--workers", type=int, default=0, help="processes that read shards ahead (default: none)")
+    flag("--perceptual-weights", help="file with the perceptual network's weights (default: torchvision downloads them)")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    section = utils.load_config(args.config, args.set).get("train_finish", {})
-    section = {k: v for k, v in utils.with_flags(section, args).items() if k != "accum_grad"}
-    config = utils.build_config(FinishConfig, section, "train_finish")
-    accelerator = utils.make_accelerator(args.device, config.precision)
-    folder = utils.writable_folder(args.output_dir)
-    model, discriminator = load_parts(args, config)
-    images = torch.cat([load_folder(path, model.image_size, args.bad_images) for path in args.train_dir])
-    val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: config.val_pictures]
-    if len(images) < config.batch_size:
-        raise utils.UserError(f"{len(images)} training pictures are fewer than one batch ({config.batch_size})")
-
-    model.requires_grad_(False).eval().to(accelerator.device, memory_format=torch.channels_last)
-    decoder = model.vqgan.decoder.requires_grad_(True)
-    ema = copy.deepcopy(decoder).requires_grad_(False)
-    discriminator = discriminator.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=config.discriminator_rate, betas=(0.5, 0.99))
-    try:
-        features = PerceptualFeatures(config.perceptual_network, args.perceptual_weights)
-    except (OSError, ValueError) as error:
-        raise utils.UserError(f"no perceptual weights ({error}); give them with --perceptual-weights FILE") from error
-    features = features.to(accelerator.device, memory_format=torch.channels_last)
-    decoder, discriminator, optimizer, optimizer_d = accelerator.prepare(decoder, discriminator, optimizer, optimizer_d)
-    total = config.epochs * (len(images) // config.batch_size)
-    run = Run(config, accelerator, model, decoder, discriminator, ema, optimizer, optimizer_d, features, total)
-    step = 0
-    if state := utils.find_resume(folder, args.resume, KIND):
-        step = restore(run, state, config)
-    return train(run, images, val_images, folder, step)
+    section = training.load_sections(args).get("train_finish", {})
+    config = utils.build_config(FinishConfig, utils.with_flags(section, args), "train_finish")
+    accelerator = training.start(args.device, config.precision)
+    with training.errors_told_once(accelerator, args.output_dir):
+        parts = 2 * accelerator.num_processes * config.accum_grad    # a true and a sampled half in each
+        if config.batch_size % parts:
+            message = f"must be a multiple of 2 x processes x accum_grad ({parts})"
+            raise utils.UserError(f"batch_size ({config.batch_size}) {message}")
+        folder = training.on_main(accelerator, lambda: utils.writable_folder(args.output_dir))
+        run = build_run(args, config, accelerator)
+        val_images = load_folder(args.val_dir, run.model.image_size, args.bad_images)[: config.val_pictures]
+        return run_training(run, val_images, folder, args)
 
 
-def state_of(run: Run, step: int) -> dict:
-    return {
-        "kind": KIND, "step": step, "config": {"train_finish": asdict(run.config)},
-        "decoder": run.accelerator.unwrap_model(run.decoder).state_dict(), "ema": run.ema.state_dict(),
-        "discriminator": run.accelerator.unwrap_model(run.discriminator).state_dict(),
-        "optimizer": run.optimizer.optimizer.state_dict(), "optimizer_d": run.optimizer_d.optimizer.state_dict(),
-    }    # fmt: skip
-
-
-def restore(run: Run, state: dict, config: FinishConfig) -> int:
-    utils.check_same_config(state["config"], {"train_finish": asdict(config)})
-    run.accelerator.unwrap_model(run.decoder).load_state_dict(state["decoder"])
-    run.accelerator.unwrap_model(run.discriminator).load_state_dict(state["discriminator"])
-    run.ema.load_state_dict(state["ema"])
-    run.optimizer.optimizer.load_state_dict(state["optimizer"])
-    run.optimizer_d.optimizer.load_state_dict(state["optimizer_d"])
-    return state["step"]
-
-
-def save_model(run: Run, folder: Path, step: int) -> None:
-    """The finished model: everything as in stage 2, with the averaged decoder."""
-    learned, run.model.vqgan.decoder = run.model.vqgan.decoder, run.ema
-    run.model.save_file(folder / "maskgit.safetensors", finish_steps=str(step))
-    run.model.vqgan.decoder = learned
-
-
-def train(run: Run, images: Tensor, val_images: Tensor, folder: Path, step: int) -> int:
+def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Namespace) -> int:
     c, accelerator = run.config, run.accelerator
-    per_epoch = len(images) // c.batch_size
-    logger = utils.Logger(folder, step, accelerator.is_main_process)
-    progress = tqdm(total=run.total_steps * c.batch_size, initial=step * c.batch_size, unit="img")
-    started, seen = time.perf_counter(), 0
-    with utils.StopRequest() as stop:
-        while step < run.total_steps and not stop.signal:
-            values = train_step(run, images, step)
-            step, seen = step + 1, seen + c.batch_size
-            progress.update(c.batch_size)
-            progress.set_postfix(loss=f"{values['loss']:.3f}")
-            if step % c.log_every == 0:
-                logger.log(step, **values)
-            if step % per_epoch == 0 or step == run.total_steps:
-                scores = validate(run, val_images, folder / f"samples_{step:07d}.png")
-                logger.log(step, **scores)
-                speed = round(seen / (time.perf_counter() - started), 1)
-                tqdm.write(json.dumps({"step": step, "images/s": speed} | {k: round(v, 4) for k, v in scores.items()}))
-                save_model(run, folder, step)
-                started, seen = time.perf_counter(), 0
-            if step % c.save_every == 0 or step == run.total_steps or stop.signal:
-                utils.save_last(folder, state_of(run, step))
-    logger.close()
-    progress.close()
-    if stop.signal:
-        print(f"stopped by signal {stop.signal} after step {step}; continue with --resume auto", file=sys.stderr)
-    return stop.exit_code
+    configs = {"train_finish": asdict(c)}
+    progress = training.resume(
+        folder, KIND, args.resume, accelerator, configs, len(run.pictures), lambda state: restore(run, state)
+    )
+
+    def step_(step: int) -> dict[str, float]:
+        image, mask, seeds = draw_batch(run, step)
+        return train_step(run, step, image.to(accelerator.device), mask.to(accelerator.device), seeds)
+
+    def validate_(epoch: int) -> dict[str, float]:
+        if accelerator.is_main_process:
+            write_completions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")
+        return validate(run, val_images)
+
+    return training.loop(
+        c, accelerator, folder, progress, per_epoch=run.per_epoch, on_nan=args.on_nan,
+        train_step=step_, validate=validate_, state=lambda: state_of(run, configs),
+        export=lambda: export(run, folder / "maskgit.safetensors", progress.step),
+    )    # fmt: skip
 
 
 if __name__ == "__main__":

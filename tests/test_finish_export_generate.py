@@ -1,7 +1,10 @@
 """The steps after stage 2: finish the decoder, put the parts into one file, make pictures from nothing."""
 
+import json
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import export
 import generate
@@ -55,19 +58,81 @@ def test_the_finish_changes_the_decoder_alone(runs):
     assert changed and all(name.startswith("vqgan.decoder.") for name in changed)
 
 
-def test_the_finish_resumes_where_it_stopped(runs, tmp_path):
+def finish(runs, output, *more) -> dict:
+    """Two epochs of two steps of the finish; returns the last checkpoint."""
     argv = ["--config", "configs/tiny.yml", "--train-dir", runs / "pictures", "--val-dir", runs / "pictures"]
-    argv += ["--device", "cpu"]
-    argv += ["--vqgan", runs / "vqgan/last.pt", "--model", runs / "maskgit/maskgit.safetensors", "--epochs", "4"]
-    argv += ["--perceptual-weights", runs / "features.safetensors"]
-    run(training_finish, *argv, "--output-dir", tmp_path / "whole")
-    whole = utils.load_checkpoint(tmp_path / "whole/last.pt", training_finish.KIND)
+    argv += ["--vqgan", runs / "vqgan/last.pt", "--model", runs / "maskgit/maskgit.safetensors", "--device", "cpu"]
+    argv += ["--perceptual-weights", runs / "features.safetensors", "--epochs", "4", "--output-dir", output]
+    run(training_finish, *argv, *more)
+    return utils.load_checkpoint(output / "last.pt", training_finish.KIND)
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_finish_resumes_where_it_stopped(runs, tmp_path):
+    whole = finish(runs, tmp_path / "whole")
     previous = tmp_path / "whole/previous.pt"    # written every 2 steps: the state after step 2 of 4
     assert utils.load_checkpoint(previous, training_finish.KIND)["step"] == 2
-    run(training_finish, *argv, "--output-dir", tmp_path / "again", "--resume", previous)
-    again = utils.load_checkpoint(tmp_path / "again/last.pt", training_finish.KIND)
+    again = finish(runs, tmp_path / "again", "--resume", previous)
     for part in ("decoder", "ema", "discriminator"):
         assert all(torch.equal(whole[part][name], again[part][name]) for name in whole[part])
+    for part in ("optimizer", "optimizer_d"):
+        for key, state in whole[part]["state"].items():
+            assert all(torch.equal(value, again[part]["state"][key][name]) for name, value in state.items())
+    assert metrics(tmp_path / "again") == [line for line in metrics(tmp_path / "whole") if line["step"] > 2]
+
+
+@pytest.fixture
+def new_accelerator():
+    """accelerate keeps its first precision for the whole process, unless it is made to forget it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_micro_batches_of_the_finish_add_up_to_the_batch(runs, tmp_path, new_accelerator):
+    """Each holds a true and a sampled half, so their means are the batch's; float32 rounds differently."""
+    exact = ["--set", "train_finish.precision=fp32"]
+    one, four = finish(runs, tmp_path / "one", *exact), finish(runs, tmp_path / "four", *exact, "--accum-grad", "4")
+    for first, second in zip(metrics(tmp_path / "one")[:1], metrics(tmp_path / "four")[:1], strict=True):
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
+    assert one["step"] == four["step"] == 4
+
+
+def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path, monkeypatch):
+    fine = finish(runs, tmp_path / "fine")
+    real = training_finish.hole_l1
+    calls = []
+
+    def breaks(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) in (5, 6) else 1)    # both halves of step 2
+
+    monkeypatch.setattr(training_finish, "hole_l1", breaks)
+    with pytest.raises(utils.NotFinite, match="l1 of step 2 is nan"):
+        finish(runs, tmp_path / "stopped")
+    saved = utils.load_checkpoint(tmp_path / "stopped/last.pt", training_finish.KIND)
+    assert saved["step"] == 2 < fine["step"]
+    calls.clear()
+    assert finish(runs, tmp_path / "skipped", "--on-nan", "skip")["skipped"] == 1
+
+
+@pytest.mark.parametrize(("flags", "word"), [
+    (["--batch-size", "6", "--accum-grad", "2"], "multiple of 2 x processes x accum_grad"),
+    (["--set", "train_finish.discriminator_channels=8"], "discriminator of"),
+    (["--perceptual-weights", "none.safetensors"], "--perceptual-weights"),
+    (["--model", "none.safetensors"], "not found"),
+])
+def test_the_finish_refuses_in_a_sentence(runs, tmp_path, flags, word):
+    with pytest.raises(utils.UserError, match=word):
+        finish(runs, tmp_path / "out", *flags)
+
+
+def test_the_finish_does_not_write_over_a_run(runs):
+    with pytest.raises(utils.UserError, match="holds a run already"):
+        finish(runs, runs / "finish")
 
 
 def test_export_takes_the_transformer_of_one_and_the_decoder_of_the_other(runs, tmp_path):
