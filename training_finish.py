@@ -46,6 +46,7 @@ class FinishConfig:
     seed: int = 0
     rounds: int = 3                     # decoding rounds that make the sampled tokens
     temperature: float = 1.0            # of the sampling
+    plain_share: float = 0.1            # share of the true-token pictures of which nothing is known, for generate.py
     l1: float = 1.0                     # loss weights, true tokens
     laplacian: float = 1.0
     perceptual: float = 1.0
@@ -64,6 +65,8 @@ class FinishConfig:
         for name in ("epochs", "batch_size", "accum_grad", "rounds", "log_every", "save_every", "val_pictures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.plain_share <= 1:
+            raise ValueError(f"plain_share must lie in [0, 1], got {self.plain_share}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         if self.learning_rate <= 0 or self.discriminator_rate <= 0 or self.grad_clip <= 0:
@@ -103,6 +106,8 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
     mirrored = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < 0.5
     image = to_float(run.pictures.batch(step))                                   # (b, 3, H, W)
     holes = random_holes(c.batch_size, image.shape[-1], generator)               # (B, 1, H, W)
+    plain = torch.rand(c.batch_size // 2, 1, 1, 1, generator=generator) < c.plain_share
+    holes[: len(plain)] |= plain
     seeds = [utils.seeded(c.seed, "finish sample", step, i).initial_seed() for i in range(c.batch_size)]
     return torch.where(mirrored[mine], image.flip(3), image), holes[mine].float(), seeds[mine]
 

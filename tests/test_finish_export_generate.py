@@ -1,6 +1,7 @@
 """The steps after stage 2: finish the decoder, put the parts into one file, make pictures from nothing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from accelerate.state import AcceleratorState
 
 import export
 import generate
+import training
 import training_finish
 import training_transformer
 import training_vqgan
@@ -99,6 +101,19 @@ def test_micro_batches_of_the_finish_add_up_to_the_batch(runs, tmp_path, new_acc
     for first, second in zip(metrics(tmp_path / "one")[:1], metrics(tmp_path / "four")[:1], strict=True):
         assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
     assert one["step"] == four["step"] == 4
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_only_pictures_with_true_tokens_may_be_wholly_unknown(share):
+    config = training_finish.FinishConfig(batch_size=8, plain_share=share)
+    pictures = training.FolderPictures(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), 8, seed=0, rank=0, processes=1)
+    run = SimpleNamespace(
+        config=config, pictures=pictures, accelerator=SimpleNamespace(process_index=0, num_processes=1)
+    )
+    _, holes, seeds = training_finish.draw_batch(run, 0)
+    unknown = holes.flatten(1).all(1)
+    assert unknown[:4].tolist() == [share == 1] * 4 and not unknown[4:].any()
+    assert holes[4:].flatten(1).any(1).all() and len(set(seeds)) == 8
 
 
 def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path, monkeypatch):
