@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -406,6 +407,15 @@ def loop(
         print(f"stopped by signal {stopped} after step {progress.step}; continue with --resume auto", file=sys.stderr)
     accelerator.end_training()
     return 128 + stopped if stopped else 0
+
+
+def export(model: Any, path: Path, **notes: str) -> None:
+    """A MaskGIT, both stages in one file."""
+    with utils.atomic_write(path) as temporary:
+        try:
+            model.save_file(temporary, **notes)
+        except SafetensorError as error:    # what safetensors makes of a full disk
+            raise OSError(None, str(error)) from error
 
 
 def step_or_skip(train_step: Callable[[int], dict[str, float]], progress: Progress, on_nan: str) -> dict[str, float]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -236,15 +235,6 @@ def write_completions(run: Run, images: Tensor, path: Path) -> None:
         save_image(torch.cat(rows).cpu(), temporary, format="png", nrow=len(image), value_range=(-1, 1), normalize=True)
 
 
-def export(run: Run, path: Path, step: int) -> None:
-    """The finished model: everything as in stage 2, with the averaged decoder."""
-    with utils.atomic_write(path) as temporary:
-        try:
-            run.model.save_file(temporary, finish_steps=str(step))
-        except SafetensorError as error:    # what safetensors makes of a full disk
-            raise OSError(None, str(error)) from error
-
-
 def state_of(run: Run, configs: dict) -> dict:
     unwrap = run.accelerator.unwrap_model
     return {
@@ -360,7 +350,7 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
     return training.loop(
         c, accelerator, folder, progress, per_epoch=run.per_epoch, on_nan=args.on_nan,
         train_step=step_, validate=validate_, state=lambda: state_of(run, configs),
-        export=lambda: export(run, folder / "maskgit.safetensors", progress.step),
+        export=lambda: training.export(run.model, folder / "maskgit.safetensors", finish_steps=str(progress.step)),
     )    # fmt: skip
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -256,15 +255,6 @@ def write_completions(run: Run, images: Tensor, path: Path) -> None:
         save_image(torch.cat(rows).cpu(), temporary, format="png", nrow=len(image), value_range=(-1, 1), normalize=True)
 
 
-def export(run: Run, path: Path, step: int) -> None:
-    """The averaged model, both stages in one file."""
-    with utils.atomic_write(path) as temporary:
-        try:
-            run.ema.save_file(temporary, steps=str(step))
-        except SafetensorError as error:    # what safetensors makes of a full disk
-            raise OSError(None, str(error)) from error
-
-
 def load_vqgan(path: str) -> VQGAN:
     """The averaged VQGAN of a stage-1 training checkpoint, or the VQGAN inside a finished model."""
     if path.endswith(".safetensors"):
@@ -374,7 +364,7 @@ def run_training(
     return training.loop(
         config, accelerator, folder, progress, per_epoch=run.per_epoch, on_nan=args.on_nan,
         train_step=step_, validate=validate_, state=lambda: state_of(run, configs),
-        export=lambda: export(run, folder / "maskgit.safetensors", progress.step),
+        export=lambda: training.export(run.ema, folder / "maskgit.safetensors", steps=str(progress.step)),
     )    # fmt: skip
 
 
