@@ -49,8 +49,8 @@ class FinishConfig:
     l1: float = 1.0                     # loss weights, true tokens
     laplacian: float = 1.0
     perceptual: float = 1.0
-    sampled_l1: float = 0.3             # loss weights, sampled tokens: the truth is one answer of many
-    sampled_perceptual: float = 0.5
+    sampled_l1: float = 0.5             # loss weights, sampled tokens: the truth is one answer of many
+    sampled_perceptual: float = 1.0
     adversarial: float = 0.1            # both
     feature_matching: float = 1.0
     discriminator_channels: int = 64    # as in stage 1
