@@ -296,6 +296,18 @@ class Ahead:
 # ---- where a run stands ----
 
 
+class Counted:
+    """Steps of a run, from its `config` and its `pictures`."""
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.pictures) // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * self.per_epoch
+
+
 @dataclass
 class Progress:
     """Saved in every checkpoint."""

@@ -73,7 +73,7 @@ class FinishConfig:
 
 
 @dataclass
-class Run:
+class Run(training.Counted):
     """Everything that a step needs."""
 
     config: FinishConfig
@@ -85,14 +85,6 @@ class Run:
     optimizer_d: torch.optim.Optimizer
     features: PerceptualFeatures
     pictures: Any               # training.FolderPictures or ShardPictures
-
-    @property
-    def per_epoch(self) -> int:
-        return len(self.pictures) // self.config.batch_size
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.epochs * self.per_epoch
 
 
 def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -209,11 +201,12 @@ def validate(run: Run, images: Tensor) -> dict[str, float]:
         with accelerator.autocast():
             true = model.decode(model.vqgan.encode(image), image, mask)
             sampled = model.complete(image, mask, seeds.tolist(), total_iter=8).images
+        wanted = run.features(image)
         for kind, output in (("true", true), ("sampled", sampled)):
             pasted = torch.where(mask.bool(), output, image)
             error = ((pasted - image).pow(2).mean(1, keepdim=True) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
             sums[f"val_{kind}_psnr"] += (10 * torch.log10(4 / error.clamp_min(1e-10))).sum()
-            sums[f"val_{kind}_perceptual"] += perceptual_distance(run.features(pasted), run.features(image), mask).sum()
+            sums[f"val_{kind}_perceptual"] += perceptual_distance(run.features(pasted), wanted, mask).sum()
     share = accelerator.num_processes / len(images)
     scores = utils.average_over_processes({name: value * share for name, value in sums.items()}, accelerator)
     return scores | {"val_loss": scores["val_true_perceptual"] + scores["val_sampled_perceptual"]}

@@ -90,7 +90,7 @@ class TrainTransformerConfig:
 
 
 @dataclass
-class Run:
+class Run(training.Counted):
     """Everything that a step needs."""
 
     config: TrainTransformerConfig
@@ -99,19 +99,11 @@ class Run:
     ema: MaskGIT
     optimizer: torch.optim.Optimizer
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
-    data: token_cache.TokenCache
+    pictures: token_cache.TokenCache
 
     @property
     def plain(self) -> MaskGIT:
         return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def per_epoch(self) -> int:
-        return len(self.data) // self.config.batch_size
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.epochs * self.per_epoch
 
 
 @torch.no_grad()
@@ -181,11 +173,11 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor | None, ...]:
     c, vqgan = run.config, run.ema.vqgan.config
     mine = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     epoch, k = divmod(step, run.per_epoch)
-    chosen = utils.epoch_order(len(run.data), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
+    chosen = utils.epoch_order(len(run.pictures), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
     generator = utils.seeded(c.seed, "transformer batch", step)
     mirrored = (torch.rand(len(chosen), generator=generator) < 0.5) & c.mirror               # (B,)
     holes, masked = draw_masks(len(chosen), vqgan.image_size, vqgan.stride, c, generator)    # (B, 1, H, W), (B, N)
-    tokens, image = run.data.rows(chosen[mine], mirrored[mine])                              # (b, N), (b, 3, H, W)
+    tokens, image = run.pictures.rows(chosen[mine], mirrored[mine])                          # (b, N), (b, 3, H, W)
     pixels = None
     if image is not None:
         image = torch.where(mirrored[mine].view(-1, 1, 1, 1), image.flip(3), image)

@@ -85,7 +85,7 @@ class TrainVQGANConfig:
 
 
 @dataclass
-class Run:
+class Run(training.Counted):
     """Everything that a step needs."""
 
     config: TrainVQGANConfig
@@ -98,14 +98,6 @@ class Run:
     features: PerceptualFeatures | None
     pictures: training.FolderPictures | training.ShardPictures
     usage: Tensor    # (K,) how often each code was used since the last restart, all processes together
-
-    @property
-    def per_epoch(self) -> int:
-        return len(self.pictures) // self.config.batch_size
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.epochs * self.per_epoch
 
     @property
     def plain(self) -> VQGAN:
