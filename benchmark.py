@@ -201,8 +201,9 @@ def reference_loop(model: MaskGIT, image: Tensor, mask: Tensor, total_iter: int)
     """What the reference does: one picture after the other, float32, its own decoder, every round decoded to pixels."""
     for i in range(len(image)):
         x, m = image[i : i + 1], mask[i : i + 1]
-        for r in model.complete_tokens(x, m, [i], decoder="reference", total_iter=total_iter):
-            model.decode(r.tokens, x.masked_fill(m, 0), m)
+        known = model.known(x, m)
+        for r in model.complete_tokens(known, [i], decoder="reference", total_iter=total_iter):
+            model.decode(r.tokens, x.masked_fill(m, 0), m, known.context)
 
 
 def complete(model: MaskGIT, image: Tensor, mask: Tensor, batch_size: int, **options) -> None:
@@ -215,9 +216,10 @@ def complete(model: MaskGIT, image: Tensor, mask: Tensor, batch_size: int, **opt
 @torch.no_grad()
 def complete_int8(model: MaskGIT, quantised: MaskGIT, image: Tensor, mask: Tensor, **options) -> None:
     """Transformer with 8-bit weights and activations, decoder in bfloat16."""
-    rounds = quantised.complete_tokens(image, mask, range(len(image)), **options)
+    known = quantised.known(image, mask)
+    rounds = quantised.complete_tokens(known, range(len(image)), **options)
     with half(image.device):
-        model.decode(rounds[-1].tokens, image.masked_fill(mask, 0), mask)
+        model.decode(rounds[-1].tokens, image.masked_fill(mask, 0), mask, known.context)
 
 
 def quantise(model: MaskGIT) -> MaskGIT:
@@ -233,7 +235,7 @@ class CapturedTransformer:
     """The transformer as one CUDA graph: a replay costs one launch instead of hundreds. One batch size, bfloat16."""
 
     def __init__(self, transformer: nn.Module, tokens: Tensor, pixels: Tensor | None) -> None:
-        self.eager = transformer.forward
+        self.eager = transformer.features
         self.tokens, self.pixels = tokens.clone(), None if pixels is None else pixels.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -245,7 +247,7 @@ class CapturedTransformer:
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.logits = self.eager(self.tokens, self.pixels)                        # (B, N, K)
+                self.features = self.eager(self.tokens, self.pixels)                      # (B, N, D)
 
     def __call__(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         if tokens.shape != self.tokens.shape:    # the last, smaller batch
@@ -254,14 +256,14 @@ class CapturedTransformer:
         if pixels is not None:
             self.pixels.copy_(pixels)
         self.graph.replay()
-        return self.logits.clone() if wanted is None else self.logits.flatten(0, 1)[wanted]
+        return self.features.clone() if wanted is None else self.features.flatten(0, 1)[wanted]
 
 
 def captured(model: MaskGIT, image: Tensor, mask: Tensor) -> MaskGIT:
     """A copy of the model that replays its transformer for batches like this one."""
     fast = copy.deepcopy(model)
-    pixels = fast.pixels_of(image, mask.float())
-    fast.transformer.forward = CapturedTransformer(fast.transformer, fast.vqgan.encode(image), pixels)
+    known = fast.known(image, mask)
+    fast.transformer.features = CapturedTransformer(fast.transformer, known.tokens, known.pixels)
     return fast
 
 
@@ -269,11 +271,9 @@ def captured(model: MaskGIT, image: Tensor, mask: Tensor) -> MaskGIT:
 def agreement(model: MaskGIT, others: dict[str, Callable[[Tensor, Tensor | None], Tensor]], image: Tensor, mask: Tensor,
               total_iter: int) -> dict[str, float]:
     """Share of masked tokens whose likeliest code is the one of float32, over all rounds of the reference's decoder."""
-    hole = mask.float()
-    tokens = model.vqgan.encode(image.masked_fill(mask, 0))                               # (B, N)
-    masked, equal = pixel_to_token_mask(hole, model.vqgan.config.stride), dict.fromkeys(others, 0)
-    pixels, total = model.pixels_of(image.masked_fill(mask, 0), hole), 0
-    for r in model.complete_tokens(image, mask, range(len(image)), decoder="reference", total_iter=total_iter):
+    known, equal, total = model.known(image, mask), dict.fromkeys(others, 0), 0
+    tokens, masked, pixels = known.tokens, known.hidden, known.pixels                     # (B, N), (B, N), (B, N, P)
+    for r in model.complete_tokens(known, range(len(image)), decoder="reference", total_iter=total_iter):
         given = torch.where(masked, model.mask_token_id, tokens)
         expected = model.masked_logits(given, pixels).argmax(-1)                          # (M,)
         total += len(expected)
@@ -320,17 +320,15 @@ def parts(model: MaskGIT, bench: Bench) -> list[dict]:
     """Where the time of a completion goes: seconds a picture in bfloat16, and the share of what a matrix product reaches."""
     B, T = bench.batch_size, bench.total_iter
     image, mask = draw_pictures(B, model.image_size, bench.device)
-    tokens, pixels = model.vqgan.encode(image), model.pixels_of(image, mask.float())
-    hole = pixel_to_token_mask(mask, model.vqgan.config.stride)
-    given = torch.where(hole, model.mask_token_id, tokens)
+    tokens, known = model.vqgan.encode(image), model.known(image, mask)
     logits = torch.randn(*tokens.shape, model.mask_token_id, device=bench.device)
     stub = copy.copy(model)                        # decoding without its network
-    stub.masked_logits = lambda t, p: logits[t == model.mask_token_id]
+    stub.masked_logits = lambda tokens, pixels, features: logits[tokens == model.mask_token_id]
     calls = {
         "encoder (float32)": (1, lambda: model.vqgan.encode(image)),
-        f"transformer, {T} rounds": (T, lambda: model.masked_logits(given, pixels)),
-        "decoder": (1, lambda: model.decode(tokens, image, mask)),
-        f"choosing tokens, {T} rounds": (1, lambda: stub.complete_tokens(image, mask, range(B), total_iter=T)),
+        f"transformer, {T} rounds": (T, lambda: model.masked_logits(known.tokens, known.pixels)),
+        "decoder": (1, lambda: model.decode(tokens, image, mask, known.context)),
+        f"choosing tokens, {T} rounds": (1, lambda: stub.complete_tokens(known, range(B), total_iter=T)),
     }
     peak = {dtype: matmul_peak(bench.device, dtype, bench.quick) for dtype in (torch.float32, torch.bfloat16)}
     rows = []
@@ -341,9 +339,7 @@ def parts(model: MaskGIT, bench: Bench) -> list[dict]:
             taken = statistics.median(seconds(call, bench.device) for _ in range(bench.rounds)) * times / B
         best = peak[torch.float32 if "float32" in name else torch.bfloat16]
         rows.append({"part": name, "GF": flops / 1e9, "ms": taken * 1e3, "floor ms": flops / best * 1e3})
-    encoder, choosing = rows[0], rows[-1]
-    choosing["ms"] -= encoder["ms"]                # complete_tokens encodes first
-    choosing["GF"], choosing["floor ms"] = 0.0, 0.0
+    rows[-1] |= {"GF": 0.0, "floor ms": 0.0}       # choosing multiplies nothing
     return rows
 
 

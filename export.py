@@ -26,30 +26,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def vqgan_weights(path: str) -> dict[str, torch.Tensor]:
-    """The (averaged) VQGAN weights of a stage-1 checkpoint or of a model file."""
+def vqgan_of(path: str) -> tuple[dict[str, torch.Tensor], int]:
+    """The (averaged) VQGAN weights of a stage-1 checkpoint or of a model file, and the context its decoder takes."""
     if path.endswith(".safetensors"):
         try:
-            return MaskGIT.from_file(path).vqgan.state_dict()
+            vqgan = MaskGIT.from_file(path).vqgan
         except ValueError as error:
             raise utils.UserError(str(error)) from error
-    return utils.load_checkpoint(path, "vqgan-training")["ema"]
+        return vqgan.state_dict(), vqgan.config.context_dim
+    return utils.load_checkpoint(path, "vqgan-training")["ema"], 0
 
 
 def assemble(transformer: str, vqgan: str | None) -> MaskGIT:
     """The whole model of a stage-2 checkpoint, with another VQGAN's decoder if asked for."""
     state = utils.load_checkpoint(transformer, "transformer-training")
-    model = MaskGIT(VQGANConfig(**state["config"]["vqgan"]), TransformerConfig(**state["config"]["transformer"]))
-    model.transformer.load_state_dict(state["ema"])
-    weights = dict(state["vqgan"])
+    config, weights = VQGANConfig(**state["config"]["vqgan"]), dict(state["vqgan"])
     if vqgan:
-        better = vqgan_weights(vqgan)
+        better, config.context_dim = vqgan_of(vqgan)
         for name, value in weights.items():
             if name not in better or better[name].shape != value.shape:
                 raise utils.UserError(f"--vqgan {vqgan} has another architecture than {transformer} ({name})")
             if not name.startswith("decoder.") and not torch.equal(better[name].half(), value.half()):
                 raise utils.UserError(f"--vqgan {vqgan} makes other tokens than {transformer} was trained on ({name})")
         weights |= {name: value for name, value in better.items() if name.startswith("decoder.")}
+    model = MaskGIT(config, TransformerConfig(**state["config"]["transformer"]))
+    model.transformer.load_state_dict(state["ema"])
     model.vqgan.load_state_dict(weights)
     return model.eval()
 

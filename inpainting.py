@@ -99,7 +99,8 @@ def complete_batch(model: MaskGIT, batch: list[Job], args: argparse.Namespace, o
     for job, picture in zip(batch, done.images.cpu(), strict=True):
         write_image(output / "images" / f"{job.name}.png", finish(picture, job.image, job.hole, args.paste))
     if args.save_steps:
-        decoded = torch.stack([model.decode(r.tokens, image, mask) for r in done.rounds])     # (T, B, 3, H, W)
+        pictures = [model.decode(r.tokens, image, mask, done.known.context) for r in done.rounds]
+        decoded = torch.stack(pictures)                                                       # (T, B, 3, H, W)
         for i, job in enumerate(batch):
             shown = torch.where(mask[i].bool(), decoded[:, i], image[i]) if args.paste else decoded[:, i]
             before = image[i].masked_fill(mask[i].bool(), 0)

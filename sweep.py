@@ -129,6 +129,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--sweet-spot", nargs="+", metavar="t", help="rounds to stop after, or all (default: T)")
     group.add_argument("--temperature", nargs="+", type=float, default=[1.0], metavar="X")
     group.add_argument("--choice-temperature", nargs="+", type=float, default=[4.5], metavar="X")
+    group.add_argument("--known", action=switch, default=True, help="show the decoder the known pixels")
     group.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     group = parser.add_argument_group("scores")
     group.add_argument("--features", default="inception", metavar="inception|FILE.onnx", help="network of FID and KID")
@@ -257,9 +258,8 @@ def decode_tokens(model: MaskGIT, pictures: Pictures, setting: Setting, last: in
         # inpainting.py's seeds, so that its pictures are the ones that are scored here
         seeds = [utils.seeded(setting.seed, stem, 0).initial_seed() for stem in pictures.stems[batch]]
         with half_precision(model, args):
-            rounds = model.complete_tokens(
-                image, pictures.holes[batch].to(model.device), seeds, sweet_spot=last, **setting.options()
-            )
+            known = model.known(image, pictures.holes[batch].to(model.device))
+            rounds = model.complete_tokens(known, seeds, sweet_spot=last, **setting.options())
         parts.append(torch.stack([r.tokens.int() for r in rounds]).cpu())                       # (last, B, N)
         tick(len(image))
     return torch.cat(parts, dim=1)
@@ -268,8 +268,11 @@ def decode_tokens(model: MaskGIT, pictures: Pictures, setting: Setting, last: in
 def decode_pictures(model: MaskGIT, pictures: Pictures, batch: slice, tokens: Tensor, args: argparse.Namespace) -> Tensor:
     """The batch's completed pictures, uint8 (B, 3, H, W) on the CPU, from its tokens (B, N)."""
     image, holes = pictures.images[batch], pictures.holes[batch]
+    shown = (data.to_float(image).to(model.device), holes.to(model.device))
+    if not args.known:
+        shown = (torch.zeros_like(shown[0]), torch.ones_like(shown[1]))
     with half_precision(model, args):
-        decoded = model.decode(tokens.long().to(model.device), data.to_float(image).to(model.device), holes.to(model.device))
+        decoded = model.decode(tokens.long().to(model.device), *shown)
     decoded = data.to_uint8(decoded.cpu()).contiguous()    # the decoder may give channels_last
     return torch.where(holes, decoded, image) if args.paste else decoded
 
@@ -425,7 +428,7 @@ def rounds_of(model: MaskGIT, one: Pictures, setting: Setting, args: argparse.Na
     image, size = data.to_float(one.images).to(model.device), one.images.shape[-1]
     seeds = [utils.seeded(setting.seed, one.stems[0], 0).initial_seed()]
     with half_precision(model, args):
-        rounds = model.complete_tokens(image, one.holes.to(model.device), seeds, **setting.options())
+        rounds = model.complete_tokens(model.known(image, one.holes.to(model.device)), seeds, **setting.options())
     done = [decode_pictures(model, one, slice(1), r.tokens, args)[0] for r in rounds]
     return [to_array(x) for x in done], [mask_picture(r.masked[0], size) for r in rounds]
 

@@ -12,7 +12,7 @@ join the known pixels. The finished model, all parts in one file, is OUTPUT/mask
 
 import argparse
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import training
 import utils
 from data import load_folder, random_holes, to_float
 from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss
-from models.maskgit import MaskGIT
+from models.maskgit import Known, MaskGIT
 from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual_distance
 
 KIND = "finish-training"
@@ -45,6 +45,7 @@ class FinishConfig:
     seed: int = 0
     rounds: int = 3                     # decoding rounds that make the sampled tokens
     temperature: float = 1.0            # of the sampling
+    context: bool = True                # let the decoder see the transformer's features, too
     plain_share: float = 0.1            # share of the true-token pictures of which nothing is known, for generate.py
     l1: float = 1.0                     # loss weights, true tokens
     laplacian: float = 1.0
@@ -104,14 +105,14 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
 
 
 @torch.no_grad()
-def mixed_tokens(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> Tensor:
-    """True tokens for the first half of the batch, sampled ones in the holes of the second: (B, N)."""
+def mixed_tokens(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor | None]:
+    """True tokens for the first half of the batch, sampled ones in the holes of the second: (B, N); and the context."""
     c, half = run.config, len(image) // 2
     with run.accelerator.autocast():
-        rounds = run.model.complete_tokens(
-            image[half:], mask[half:], seeds[half:], total_iter=c.rounds, temperature=c.temperature
-        )
-    return torch.cat([run.model.vqgan.encode(image[:half]), rounds[-1].tokens])
+        known = run.model.known(image, mask)
+        sampled = Known(*(None if part is None else part[half:] for part in known))
+        rounds = run.model.complete_tokens(sampled, seeds[half:], total_iter=c.rounds, temperature=c.temperature)
+    return torch.cat([run.model.vqgan.encode(image[:half]), rounds[-1].tokens]), known.context
 
 
 def hole_l1(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -120,11 +121,13 @@ def hole_l1(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     return (((output - image).abs().mean(1, keepdim=True) * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))).mean()
 
 
-def generator_terms(run: Run, image: Tensor, mask: Tensor, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def generator_terms(
+    run: Run, image: Tensor, mask: Tensor, tokens: Tensor, context: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
     """The weighted terms of the decoder's loss, and the completed pictures."""
     c, half, grid = run.config, len(image) // 2, run.model.vqgan.config.grid
     z_q = run.model.vqgan.codebook.lookup(tokens.view(-1, grid, grid))           # (B, d, h, w)
-    output = run.decoder(z_q, image, mask).float()                               # (B, 3, H, W)
+    output = run.decoder(z_q, image, mask, context).float()                      # (B, 3, H, W)
     pasted = torch.where(mask.bool(), output, image)
     judge = run.accelerator.unwrap_model(run.discriminator).requires_grad_(False)    # here it only judges
     with torch.no_grad():
@@ -148,9 +151,9 @@ def generator_terms(run: Run, image: Tensor, mask: Tensor, tokens: Tensor) -> tu
 def micro_step(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> dict[str, Tensor]:
     """Forward and backward of decoder and discriminator on one micro-batch; gradients add up. Returns the terms."""
     accelerator, share = run.accelerator, run.config.accum_grad
-    tokens = mixed_tokens(run, image, mask, seeds)
+    tokens, context = mixed_tokens(run, image, mask, seeds)
     with accelerator.autocast():
-        terms, pasted = generator_terms(run, image, mask, tokens)
+        terms, pasted = generator_terms(run, image, mask, tokens, context)
     terms["loss"] = sum(terms.values())
     accelerator.backward(terms["loss"] / share)
     with accelerator.autocast():
@@ -246,7 +249,7 @@ def restore(run: Run, state: dict) -> None:
     run.optimizer_d.load_state_dict(state["optimizer_d"])
 
 
-def load_model(path: str, vqgan: str) -> tuple[MaskGIT, dict]:
+def load_model(path: str, vqgan: str, context: bool) -> tuple[MaskGIT, dict]:
     """The model of stage 2 with the decoder of stage 1, which must have been trained on the same tokens.
 
     Returns it and the stage-1 checkpoint.
@@ -263,8 +266,17 @@ def load_model(path: str, vqgan: str) -> tuple[MaskGIT, dict]:
         # The model file holds half precision, so the comparison is made there too.
         if not name.startswith("decoder") and not torch.equal(saved[name].half(), value.half()):
             raise utils.UserError(f"{vqgan} has other tokens than {path}: {name} differs; give its own VQGAN")
-    model.vqgan.load_state_dict(saved)
+    if context:
+        model = with_context(model)
+    model.vqgan.load_state_dict(model.vqgan.state_dict() | saved)
     return model.requires_grad_(False).eval(), state
+
+
+def with_context(model: MaskGIT) -> MaskGIT:
+    """The same model, its decoder with an input more, which it doesn't listen to yet."""
+    wider = MaskGIT(replace(model.vqgan.config, context_dim=model.transformer.config.embed_dim), model.transformer.config)
+    wider.load_state_dict(wider.state_dict() | model.state_dict())
+    return wider
 
 
 def load_features(config: FinishConfig, weights: str | None) -> PerceptualFeatures:
@@ -276,7 +288,7 @@ def load_features(config: FinishConfig, weights: str | None) -> PerceptualFeatur
 
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:
     """Models, optimizers, losses and pictures, on their device."""
-    model, stage1 = training.on_main(accelerator, lambda: load_model(args.model, args.vqgan))
+    model, stage1 = training.on_main(accelerator, lambda: load_model(args.model, args.vqgan, c.context))
     discriminator = PatchDiscriminator(c.discriminator_channels, c.discriminator_strided)
     try:
         discriminator.load_state_dict(stage1["discriminator"])

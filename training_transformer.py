@@ -251,7 +251,7 @@ def load_vqgan(path: str) -> VQGAN:
     """The averaged VQGAN of a stage-1 training checkpoint, or the VQGAN inside a finished model."""
     if path.endswith(".safetensors"):
         try:
-            return MaskGIT.from_file(path).vqgan
+            return MaskGIT.from_file(path).vqgan.without_context()
         except ValueError as error:
             raise utils.UserError(str(error)) from error
     state = utils.load_checkpoint(path, "vqgan-training")

@@ -77,12 +77,16 @@ class ConditionedDecoder(nn.Module):
     Args:
         channels: width at each scale, from the codes to the pixels; one doubling between two scales.
         blocks: residual blocks at each scale.
+        context_dim: features a position that the transformer adds (0: none); see `models.maskgit.MaskGIT.context`.
     """
 
-    def __init__(self, codebook_dim: int, channels: list[int], blocks: list[int]) -> None:
+    def __init__(self, codebook_dim: int, channels: list[int], blocks: list[int], context_dim: int = 0) -> None:
         super().__init__()
         self.factors = [2**i for i in reversed(range(len(channels)))]    # pixels per position: 4, 2, 1
         self.from_code = nn.Conv2d(codebook_dim, channels[0], 3, padding=1)
+        self.from_context = nn.Linear(context_dim, channels[0], bias=False) if context_dim else None
+        if context_dim:
+            nn.init.zeros_(self.from_context.weight)    # the finish starts from the decoder as stage 1 left it
         self.condition = nn.ModuleList(
             nn.Conv2d(4 * f * f, c, 3, padding=1) for f, c in zip(self.factors, channels, strict=True)
         )
@@ -96,17 +100,21 @@ class ConditionedDecoder(nn.Module):
             ChannelNorm(channels[-1]), nn.SiLU(), nn.Conv2d(channels[-1], 3, 3, padding=1)
         )
 
-    def forward(self, z_q: Tensor, known: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, z_q: Tensor, known: Tensor, mask: Tensor, context: Tensor | None = None) -> Tensor:
         """Decode.
 
         Args:
             z_q: (B, codebook_dim, h, w) codes.
             known: (B, 3, H, W) image in [-1, 1]; what it holds inside the hole is ignored.
             mask: (B, 1, H, W), 1 = hole. All ones makes this a plain decoder.
+            context: (B, h * w, context_dim), or None. Where nothing is known it is ignored.
         """
         known = known.masked_fill(mask.bool(), 0)                           # not a product, which would let NaN through
         condition = torch.cat([known, mask.to(known.dtype)], dim=1)         # (B, 4, H, W)
         x = self.from_code(z_q)                                             # (B, C0, h, w)
+        if context is not None:
+            context = self.from_context(context).transpose(1, 2)            # (B, C0, h w)
+            x = x + context.view_as(x) * (mask.amin((2, 3), True) < 1)      # (B, C0, h, w)
         for i, f in enumerate(self.factors):
             if i > 0:
                 x = self.widen[i - 1](F.interpolate(x, scale_factor=2))     # (B, Ci, H/f, W/f)

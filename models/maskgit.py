@@ -24,9 +24,19 @@ from models.vqgan import VQGAN, VQGANConfig
 FORMAT = "maskgit-inpainting"    # written into the metadata of weight files, so that foreign ones are recognised
 
 
+class Known(NamedTuple):
+    """What the known part of a picture gives: computed once, used in every round and by the decoder."""
+
+    tokens: Tensor             # (B, N) int64, the mask token where the patch touches the hole
+    hidden: Tensor             # (B, N) bool, where that is
+    pixels: Tensor | None      # (B, N, pixel_dim), where the transformer takes them
+    context: Tensor | None     # (B, N, D) the transformer's features, where the decoder takes them
+
+
 class Completion(NamedTuple):
     images: Tensor         # (B, 3, H, W) decoded pictures in [-1, 1]
     rounds: list[Round]    # tokens and masks after every round
+    known: Known
 
 
 def pixel_to_token_mask(mask: Tensor, stride: int) -> Tensor:
@@ -82,6 +92,10 @@ class MaskGIT(
         if transformer.pixel_dim not in (0, 4 * vqgan.stride**2):
             raise ValueError(
                 f"transformer.pixel_dim must be 0 or {4 * vqgan.stride**2} (4 numbers a pixel), got {transformer.pixel_dim}"
+            )
+        if vqgan.context_dim not in (0, transformer.embed_dim):
+            raise ValueError(
+                f"vqgan.context_dim must be 0 or transformer.embed_dim ({transformer.embed_dim}), got {vqgan.context_dim}"
             )
         self.vqgan = VQGAN(vqgan).requires_grad_(False)
         self.transformer = BidirectionalTransformer(transformer)
@@ -153,39 +167,66 @@ class MaskGIT(
         if precision is not None:
             with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 return self.complete(image, mask, seeds, **options)
-        rounds = self.complete_tokens(image, mask, seeds, **options)
-        return Completion(self.decode(rounds[-1].tokens, image, mask), rounds)
+        known = self.known(image, mask)
+        rounds = self.complete_tokens(known, seeds, **options)
+        return Completion(self.decode(rounds[-1].tokens, image, mask, known.context), rounds, known)
 
     @torch.no_grad()
-    def complete_tokens(self, image: Tensor, mask: Tensor, seeds: Sequence[int], **options: Any) -> list[Round]:
-        """The rounds of `complete` without the pictures; any of them can be decoded later."""
+    def known(self, image: Tensor, mask: Tensor) -> Known:
+        """The known part of a batch of pictures; image and mask as in `complete`.
+
+        A sampled token is one guess out of many. A decoder that was finished with the context, the transformer's features
+        while the whole hole is still masked, sees how sure that guess was and what the others were. Our addition.
+        """
         mask = mask.to(image.dtype)
         image = image.masked_fill(mask.bool(), 0)                           # nothing behind the hole gets any further
-        token_mask = pixel_to_token_mask(mask, self.vqgan.config.stride)    # (B, N)
-        tokens = self.vqgan.encode(image)                                   # (B, N)
+        hidden = pixel_to_token_mask(mask, self.vqgan.config.stride)        # (B, N)
+        tokens = torch.where(hidden, self.mask_token_id, self.vqgan.encode(image))
         pixels = self.pixels_of(image, mask)
-        return iterative_decode(
-            tokens, token_mask, lambda t: self.masked_logits(t, pixels),
-            mask_token_id=self.mask_token_id, generators=[torch.Generator().manual_seed(int(s)) for s in seeds], **options,
-        )    # fmt: skip
-
-    def masked_logits(self, tokens: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Logits (M, K) of the tokens that are the mask token, row by row; see `BidirectionalTransformer.forward`.
-
-        The last layers are computed for these alone, made up to as many as whole pictures have: matrix kernels for a few
-        rows round differently, and a picture would depend on what it shares a batch with.
-        """
-        wanted = (tokens.flatten() == self.mask_token_id).nonzero().squeeze(1)    # (M,)
-        filled = F.pad(wanted, (0, -len(wanted) % tokens.shape[1]))               # (M + a few,), position 0 again and again
-        return self.transformer(tokens, pixels, filled)[: len(wanted)]            # (M, K)
+        context = self.transformer.features(tokens, pixels) if self.vqgan.config.context_dim else None
+        return Known(tokens, hidden, pixels, context)
 
     def pixels_of(self, image: Tensor, mask: Tensor) -> Tensor | None:
         """The transformer's second input, or None where it has none."""
         return patch_pixels(image, mask, self.vqgan.config.stride) if self.transformer.config.pixel_dim else None
 
-    def decode(self, tokens: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-        """Tokens (B, N) to pictures (B, 3, H, W) in [-1, 1], guided by the known pixels where the decoder takes them."""
-        return self.vqgan.decode(tokens, image, mask).float().clamp(-1, 1)
+    @torch.no_grad()
+    def complete_tokens(self, known: Known, seeds: Sequence[int], **options: Any) -> list[Round]:
+        """The rounds of `complete` without the pictures; any of them can be decoded later."""
+        first = [known.context]
+
+        def logits(tokens: Tensor) -> Tensor:
+            features = first.pop() if first else None                       # the first round sees what the context saw
+            return self.masked_logits(tokens, known.pixels, features)
+
+        return iterative_decode(
+            known.tokens, known.hidden, logits,
+            mask_token_id=self.mask_token_id, generators=[torch.Generator().manual_seed(int(s)) for s in seeds], **options,
+        )    # fmt: skip
+
+    def masked_logits(self, tokens: Tensor, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Logits (M, K) of the tokens that are the mask token, row by row; see `BidirectionalTransformer.forward`.
+
+        The last layers are computed for these alone, made up to as many as whole pictures have: matrix kernels for a few
+        rows round differently, and a picture would depend on what it shares a batch with. `features` (B, N, D) are the
+        transformer's of these tokens, where they are known already.
+        """
+        wanted = (tokens.flatten() == self.mask_token_id).nonzero().squeeze(1)    # (M,)
+        filled = F.pad(wanted, (0, -len(wanted) % tokens.shape[1]))               # (M + a few,), position 0 again and again
+        if features is None:
+            features = self.transformer.features(tokens, pixels, filled)          # (M + a few, D)
+        else:
+            features = features.flatten(0, 1)[filled]                             # (M + a few, D)
+        return self.transformer.exact_logits(features, filled)[: len(wanted)]     # (M, K)
+
+    def decode(self, tokens: Tensor, image: Tensor, mask: Tensor, context: Tensor | None = None) -> Tensor:
+        """Tokens (B, N) to pictures (B, 3, H, W) in [-1, 1], guided by the known pixels where the decoder takes them.
+
+        `context` (B, N, D) is computed where the decoder takes it and it is not given.
+        """
+        if context is None and self.vqgan.config.context_dim:
+            context = self.known(image, mask).context
+        return self.vqgan.decode(tokens, image, mask, context).float().clamp(-1, 1)
 
     def inpaint(
         self,
@@ -241,8 +282,10 @@ class MaskGIT(
     def render(self, tokens: Tensor, image: Any, mask: Any, *, paste: bool = True) -> list[Any]:
         """What tokens of `inpaint`'s rounds stand for: (M, N) -> M pictures, of the type and size of `image`."""
         view = pictures.View(image, mask, self.image_size)
-        small, hole = (x.to(self.device).expand(len(tokens), -1, -1, -1) for x in (view.small, view.small_hole))
-        decoded = self.decode(tokens.to(self.device), small.masked_fill(hole.bool(), 0), hole)
+        small, hole = view.small.to(self.device), view.small_hole.to(self.device)
+        context, M = self.known(small, hole).context, len(tokens)
+        parts = (small.masked_fill(hole.bool(), 0), hole, context)
+        decoded = self.decode(tokens.to(self.device), *(None if x is None else x.expand(M, *x.shape[1:]) for x in parts))
         return [view.restore(x, paste) for x in decoded]
 
     @property

@@ -119,6 +119,14 @@ class BidirectionalTransformer(nn.Module):
         Returns:
             (B, N, K), or (M, K) for the `wanted` ones: the mask token itself can't be predicted, in training or in decoding.
         """
+        features = self.features(tokens, pixels, wanted)
+        return self.logits(features, wanted) if self.training else self.exact_logits(features, wanted)
+
+    def features(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        """What the transformer knows of every position, or of some: (B, N, D) or (M, D), normalised. Arguments as above.
+
+        The logits are linear in them.
+        """
         if (pixels is None) != (self.pixel_embed is None):
             raise ValueError(
                 f"this transformer was made with pixel_dim={self.config.pixel_dim}, "
@@ -132,14 +140,18 @@ class BidirectionalTransformer(nn.Module):
             x = block(x)                                                            # (B, N, D)
         x = self.blocks[-1](x, wanted)                                              # (B, N, D) or (M, D)
         if self.training:
-            return self.logits(x, wanted)
+            return self.head(self.final_norm(x))                                    # like x
         # A small part of the work, which decides between codes that are nearly tied: in float32 whatever autocast says.
         with torch.autocast(x.device.type, enabled=False):
-            return self.logits(x.float(), wanted)
+            return self.head(self.final_norm(x.float()))                            # like x
 
-    def logits(self, x: Tensor, wanted: Tensor | None) -> Tensor:
-        """The head: (B, N, D) to (B, N, K), or (M, D) to (M, K)."""
-        x = self.head(self.final_norm(x))                                           # like x
+    def exact_logits(self, features: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """`logits` in float32, whatever autocast says."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.logits(features.float(), wanted)
+
+    def logits(self, features: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """`features` (B, N, D) to (B, N, K), or (M, D) to (M, K)."""
         K, N = self.config.codebook_size, self.config.seq_len
         bias = self.bias[:, :K] if wanted is None else self.bias[wanted % N, :K]    # (N, K) or (M, K)
-        return x @ self.token_embed.weight[:K].T.to(x.dtype) + bias                 # (B, N, K) or (M, K)
+        return features @ self.token_embed.weight[:K].T.to(features.dtype) + bias    # (B, N, K) or (M, K)

@@ -1,6 +1,6 @@
 """VQGAN, stage 1: encoder, codebook, decoder (Esser et al. 2021, https://arxiv.org/abs/2012.09841)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class VQGANConfig:
     # conditioned decoder: one width and one number of blocks a scale. Reference decoder: one width a stage.
     decoder_channels: list[int] = field(default_factory=lambda: [192, 96, 48])
     decoder_blocks: list[int] = field(default_factory=lambda: [4, 3, 2])
+    context_dim: int = 0          # conditioned only: width of the transformer's features that it sees, 0 until the finish
     decoder_up: list[int] = field(default_factory=lambda: [0, 2])    # reference only: stages that end by doubling
 
     attention_size: int = 16      # reference only: rows of the feature maps that get attention
@@ -48,6 +49,8 @@ class VQGANConfig:
             raise ValueError(f"stride must be a power of two, got {self.stride}")
         if self.image_size < self.stride or self.image_size % self.stride:
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of stride ({self.stride})")
+        if self.context_dim < 0 or self.context_dim and self.decoder != "conditioned":
+            raise ValueError(f"context_dim must be 0, or above it with the conditioned decoder, got {self.context_dim}")
         for name in ("codebook_size", "codebook_dim", "encoder_width", "encoder_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -97,7 +100,7 @@ class VQGAN(nn.Module):
             self.encoder = Encoder(c.encoder_channels, c.encoder_down, c.codebook_dim, c.image_size, c.attention_size)
         self.codebook = Codebook(c.codebook_size, c.codebook_dim, c.l2_normalize, c.commitment)
         if self.conditioned:
-            self.decoder = ConditionedDecoder(c.codebook_dim, c.decoder_channels, c.decoder_blocks)
+            self.decoder = ConditionedDecoder(c.codebook_dim, c.decoder_channels, c.decoder_blocks, c.context_dim)
         else:
             self.decoder = Decoder(c.decoder_channels, c.decoder_up, c.codebook_dim, c.grid, c.attention_size)
 
@@ -105,6 +108,12 @@ class VQGAN(nn.Module):
         """image: (B, 3, H, W); mask: (B, 1, H, W), 1 = not shown to the decoder.  Returns (reconstruction, quantized)."""
         quantized = self.codebook(self.encoder(image))
         return self.decode_latents(quantized.z_q, None if mask is None else image, mask), quantized
+
+    def without_context(self) -> "VQGAN":
+        """A copy whose decoder has no input for a transformer's features: those of another one would mean nothing to it."""
+        plain = VQGAN(replace(self.config, context_dim=0))
+        plain.load_state_dict({name: x for name, x in self.state_dict().items() if "from_context" not in name})
+        return plain.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -115,20 +124,25 @@ class VQGAN(nn.Module):
         with torch.autocast(image.device.type, enabled=False):    # tokens must not depend on the caller's precision
             return self.codebook(self.encoder(image.float())).indices.flatten(1)
 
-    def decode(self, tokens: Tensor, known: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def decode(
+        self, tokens: Tensor, known: Tensor | None = None, mask: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """Tokens to pixels.
 
         Args:
             tokens: (B, N) in [0, K).
             known, mask: (B, 3, H, W) image and (B, 1, H, W) hole (both or neither) for the conditioned decoder, which
                 without them decodes as if nothing were known; the reference decoder has no use for them.
+            context: (B, N, context_dim) of `MaskGIT.context`; without it the decoder works from the rest.
         Returns:
             (B, 3, H, W), about [-1, 1], not clamped.
         """
         grid = self.config.grid
-        return self.decode_latents(self.codebook.lookup(tokens.view(len(tokens), grid, grid)), known, mask)
+        return self.decode_latents(self.codebook.lookup(tokens.view(len(tokens), grid, grid)), known, mask, context)
 
-    def decode_latents(self, z_q: Tensor, known: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def decode_latents(
+        self, z_q: Tensor, known: Tensor | None = None, mask: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """Like `decode`, from (B, codebook_dim, h, w) codes."""
         if not self.conditioned:
             return self.decoder(z_q)
@@ -138,4 +152,4 @@ class VQGAN(nn.Module):
             size = self.config.image_size
             known = torch.zeros(len(z_q), 3, size, size, device=z_q.device)
             mask = torch.ones(len(z_q), 1, size, size, device=z_q.device)
-        return self.decoder(z_q, known, mask)
+        return self.decoder(z_q, known, mask, context)

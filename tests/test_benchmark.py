@@ -24,9 +24,9 @@ def models() -> dict[str, MaskGIT]:
 def calls(monkeypatch) -> dict[str, list[int]]:
     """Batch sizes that the transformer and the decoding to pixels were called with."""
     seen: dict[str, list[int]] = {"transformer": [], "decode": []}
-    forward, decode = BidirectionalTransformer.forward, MaskGIT.decode
+    features, decode = BidirectionalTransformer.features, MaskGIT.decode
     monkeypatch.setattr(
-        BidirectionalTransformer, "forward", lambda self, t, *a: seen["transformer"].append(len(t)) or forward(self, t, *a)
+        BidirectionalTransformer, "features", lambda self, t, *a: seen["transformer"].append(len(t)) or features(self, t, *a)
     )
     monkeypatch.setattr(MaskGIT, "decode", lambda self, t, *a: seen["decode"].append(len(t)) or decode(self, t, *a))
     return seen

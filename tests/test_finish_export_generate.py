@@ -58,6 +58,14 @@ def test_the_finish_changes_the_decoder_alone(runs):
     after = MaskGIT.from_file(runs / "finish/maskgit.safetensors").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("vqgan.decoder.") for name in changed)
+    assert after.keys() - before.keys() == {"vqgan.decoder.from_context.weight"}
+    assert after["vqgan.decoder.from_context.weight"].abs().max() > 0    # it began at zero
+
+
+def test_the_finish_without_a_context_adds_nothing(runs, tmp_path):
+    finish(runs, tmp_path / "out", "--set", "train_finish.context=false")
+    model = MaskGIT.from_file(tmp_path / "out/maskgit.safetensors")
+    assert model.vqgan.config.context_dim == 0 and model.vqgan.decoder.from_context is None
 
 
 def finish(runs, output, *more) -> dict:
@@ -158,8 +166,14 @@ def test_export_takes_the_transformer_of_one_and_the_decoder_of_the_other(runs, 
     finished = MaskGIT.from_file(runs / "finish/maskgit.safetensors").vqgan.state_dict()
     for name, value in model.transformer.state_dict().items():
         assert torch.equal(value.half(), ema[name].half())
+    assert model.vqgan.state_dict().keys() == finished.keys()
     for name, value in model.vqgan.state_dict().items():
         assert torch.equal(value.half(), finished[name].half())
+
+
+def test_stage_2_starts_from_a_finished_model_without_its_context(runs):
+    vqgan = training_transformer.load_vqgan(str(runs / "finish/maskgit.safetensors"))
+    assert vqgan.config.context_dim == 0 and vqgan.decoder.from_context is None
 
 
 def test_export_refuses_a_vqgan_of_other_tokens(runs, tmp_path):

@@ -10,11 +10,11 @@ from models.vqgan import VQGANConfig
 from training_transformer import TrainTransformerConfig, draw_masks
 
 
-def tiny(**transformer) -> MaskGIT:
+def tiny(context_dim=0, **transformer) -> MaskGIT:
     torch.manual_seed(0)
     vqgan = VQGANConfig(
         image_size=16, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
-        decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1],
+        decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1], context_dim=context_dim,
     )    # fmt: skip
     settings = {"pixel_dim": 64, "pre_norm": True, "qk_norm": True, "dropout": 0.0, "attention_dropout": 0.0} | transformer
     base = {"codebook_size": 32, "seq_len": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32}
@@ -51,8 +51,11 @@ def test_patch_pixels_holds_each_patch_and_nothing_of_the_hole():
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"codebook_size": 31}, "codebook_size"), ({"seq_len": 15}, "seq_len"), ({"pixel_dim": 63}, "pixel_dim")],
-)
+    [
+        ({"codebook_size": 31}, "codebook_size"), ({"seq_len": 15}, "seq_len"), ({"pixel_dim": 63}, "pixel_dim"),
+        ({"context_dim": 15}, "context_dim must be 0 or transformer.embed_dim .16., got 15"),
+    ],
+)    # fmt: skip
 def test_configs_that_do_not_fit_together_are_refused(change, word):
     with pytest.raises(ValueError, match=word):
         tiny(**change)
@@ -165,3 +168,76 @@ def test_tokens_that_look_alike_start_alike():
         return torch.corrcoef(torch.stack([codes, torch.cdist(embedding[:-1], embedding[:-1]).flatten()]))[0, 1].item()
 
     assert agreement(after) > agreement(before) + 0.2
+
+
+# ---- the context: a decoder that sees what the transformer makes of the known part ----
+
+
+def listening() -> MaskGIT:
+    """A model with a context that its decoder takes into account."""
+    model = tiny(context_dim=16).eval()
+    torch.nn.init.normal_(model.vqgan.decoder.from_context.weight, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def test_a_new_context_changes_nothing():
+    plain, wider = tiny().eval(), tiny(context_dim=16).eval()
+    wider.load_state_dict(wider.state_dict() | plain.state_dict())
+    image, mask = torch.rand(3, 3, 16, 16) * 2 - 1, holes(3)
+    assert torch.equal(wider.complete(image, mask, range(3)).images, plain.complete(image, mask, range(3)).images)
+
+
+def test_the_context_is_the_transformers_view_with_the_whole_hole_masked():
+    model, image, mask = listening(), torch.rand(3, 3, 16, 16) * 2 - 1, holes(3)
+    known = model.known(image, mask)
+    assert torch.equal(known.hidden, pixel_to_token_mask(mask, 4))
+    assert torch.equal(known.tokens, torch.where(known.hidden, 32, model.vqgan.encode(image)))
+    logits = model.transformer(known.tokens, known.pixels)
+    torch.testing.assert_close(model.transformer.logits(known.context), logits)
+    torch.testing.assert_close(model.masked_logits(known.tokens, known.pixels, known.context), logits[known.hidden])
+    assert tiny().eval().known(image, mask).context is None
+
+
+def test_the_first_round_costs_no_pass_of_its_own(monkeypatch):
+    model, image, mask = listening(), torch.rand(2, 3, 16, 16) * 2 - 1, holes(2)
+    apart = model.complete_tokens(model.known(image, mask)._replace(context=None), [4, 5], total_iter=3)
+    passes, features = [], model.transformer.features
+    monkeypatch.setattr(model.transformer, "features", lambda *args: passes.append(1) or features(*args))
+    done = model.complete(image, mask, [4, 5], total_iter=3)
+    assert len(passes) == 3
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(done.rounds, apart, strict=True))
+    assert torch.equal(model.decode(done.rounds[-1].tokens, image, mask), done.images)    # it finds the context by itself
+
+
+def test_the_context_matters_and_hides_what_the_hole_hides():
+    model, image, mask = listening(), torch.rand(2, 3, 16, 16) * 2 - 1, holes(2)
+    tokens = model.vqgan.encode(image)
+    decoded = model.decode(tokens, image, mask)
+    assert not torch.allclose(decoded, model.vqgan.decode(tokens, image, mask).clamp(-1, 1))
+    for hidden in (7.0, float("nan")):
+        assert torch.equal(model.decode(tokens, image.masked_fill(mask, hidden), mask), decoded)
+
+
+def test_where_nothing_is_known_there_is_no_context():
+    model, image, mask = listening(), torch.rand(2, 3, 16, 16) * 2 - 1, holes(2)
+    mask[0] = True
+    tokens = model.vqgan.encode(image)
+    decoded, plain = model.decode(tokens, image, mask), model.vqgan.decode(tokens).clamp(-1, 1)
+    torch.testing.assert_close(decoded[0], plain[0])
+    assert not torch.allclose(decoded[1], plain[1])
+
+
+def test_a_vqgan_without_its_context_is_another_transformers_to_use():
+    model = listening()
+    plain, tokens = model.vqgan.without_context(), torch.randint(0, 32, (2, 16))
+    assert plain.config.context_dim == 0 and model.vqgan.config.context_dim == 16
+    torch.testing.assert_close(plain.decode(tokens), model.vqgan.decode(tokens))
+    MaskGIT(plain.config, TransformerConfig(codebook_size=32, seq_len=16, embed_dim=8, num_heads=2, depth=1, mlp_dim=8))
+
+
+def test_rounds_are_rendered_as_the_completion_is():
+    model = listening()
+    image, mask = torch.rand(3, 16, 16), holes(1)[0]
+    done, rounds = model.inpaint(image, mask, num_samples=2, total_iter=3, return_rounds=True)
+    again = model.render(rounds[-1].tokens, image, mask)
+    assert all(torch.equal(a, b) for a, b in zip(done, again, strict=True))

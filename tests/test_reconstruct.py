@@ -83,7 +83,7 @@ def test_only_the_tokens_of_the_hole_tell_it_from_a_completion(checkpoint, folde
     images, holes = originals(folders)
     model = MaskGIT.from_file(checkpoint)
     seeds = [utils.seeded(3, name, 0).initial_seed() for name in completed]
-    rounds = model.complete_tokens(to_float(images), holes, seeds, total_iter=10, choice_temperature=4.5)
+    rounds = model.complete_tokens(model.known(to_float(images), holes), seeds, total_iter=10, choice_temperature=4.5)
     model.vqgan.encode = lambda _: rounds[-1].tokens
     decoded = to_uint8(reconstruct.reconstruct(model, list(images), list(holes), known=True))
     assert torch.equal(torch.where(holes, decoded, images), torch.stack(list(completed.values())))

@@ -81,8 +81,8 @@ def refused(argv: list) -> str:
 
 
 def test_all_sweet_spots_cost_one_decode(folder, tmp_path, monkeypatch):
-    calls, forward = [], BidirectionalTransformer.forward
-    monkeypatch.setattr(BidirectionalTransformer, "forward", lambda self, *a: calls.append(1) or forward(self, *a))
+    calls, features = [], BidirectionalTransformer.features
+    monkeypatch.setattr(BidirectionalTransformer, "features", lambda self, *a: calls.append(1) or features(self, *a))
     options = ("--mask-func", "cosine", "--total-iter", "6", "--seeds", "0", "--no-figures")
     assert sweep.main(arguments(folder, tmp_path, *options, "--sweet-spot", "all")) == 0
     batches = math.ceil(COUNT / 2)
@@ -92,6 +92,16 @@ def test_all_sweet_spots_cost_one_decode(folder, tmp_path, monkeypatch):
     sweep.main(arguments(folder, tmp_path / "few", *options, "--sweet-spot", "2", "3"))
     assert len(calls) == 3 * batches
     assert results(tmp_path / "few") == results(tmp_path)[1:3]
+
+
+def test_the_decoder_can_be_kept_from_the_known_pixels(folder, tmp_path, monkeypatch):
+    shown, decode = [], MaskGIT.decode
+    monkeypatch.setattr(MaskGIT, "decode", lambda self, t, *a: shown.append(a) or decode(self, t, *a))
+    options = ("--mask-func", "cosine", "--total-iter", "2", "--seeds", "0", "--no-figures")
+    sweep.main(arguments(folder, tmp_path / "plain", *options, "--no-known"))
+    assert shown and all(not image.any() and mask.all() for image, mask in shown)
+    sweep.main(arguments(folder, tmp_path / "known", *options))
+    assert results(tmp_path / "plain") != results(tmp_path / "known")
 
 
 @pytest.mark.parametrize("decoder", ["maskgit", "reference"])
