@@ -460,15 +460,16 @@ class Page:
         def press(*args: Any, progress: Any = gr.Progress()) -> Iterator[dict]:    # noqa: B008  (Gradio's way)
             yield from self.press(*args, progress=progress)
 
-        # The last of several quick choices counts; Gradio's own way is to ignore all but the first.
+        # The last of several quick choices counts; Gradio's own way is to ignore all but the first. Its "always_last" keeps
+        # the first event's data, though, so the handlers ask the galleries themselves what is chosen.
         quiet = dict(show_progress="hidden", api_visibility="private", trigger_mode="always_last")
-        ui.samples.select(self.take_sample, None, shown, **quiet)
+        ui.samples.select(self.take_sample, ui.samples, shown, **quiet)
         ui.upload.upload(self.take_upload, ui.upload, shown, **quiet)
         ui.upload_mask.upload(self.take_mask, [ui.upload_mask, ui.picture, ui.hole_colour], [ui.status, ui.editor], **quiet)
         ui.wipe.click(self.wipe, ui.picture, [ui.status, ui.editor], **quiet)
         for slider in (ui.left, ui.top, ui.side):
             slider.input(self.move_square, [ui.picture, ui.left, ui.top, ui.side], square, **quiet)
-        ui.preview.select(self.point_at, [ui.picture, ui.side], square, **quiet)
+        ui.preview.select(self.point_at, [ui.picture, ui.side], square, **quiet | {"trigger_mode": "multiple"})
         ui.use_square.click(self.use_square, [ui.picture, ui.left, ui.top, ui.side], shown, **quiet)
         ui.rounds.change(lambda rounds: gr.Slider(maximum=rounds, value=rounds), ui.rounds, ui.sweet_spot, **quiet)
         ui.complete.click(
@@ -476,7 +477,7 @@ class Page:
                     ui.temperature, ui.choice],
             [ui.result, ui.gallery, *details], show_progress_on=ui.gallery, api_visibility="private",
         )    # fmt: skip
-        ui.gallery.select(self.choose, ui.result, details, **quiet)
+        ui.gallery.select(self.choose, [ui.gallery, ui.result], details, **quiet)
         ui.reuse.click(self.reuse, [ui.result, ui.chosen], shown, **quiet)
 
     def sample(self, index: int) -> tuple[Picture, np.ndarray | None]:
@@ -487,8 +488,10 @@ class Page:
     # ---- what the controls do ----
 
     @sentences
-    def take_sample(self, event: gr.SelectData) -> dict:
-        picture, hole = self.sample(event.index)
+    def take_sample(self, gallery: gr.Gallery) -> dict:
+        if gallery.selected_index is None:
+            return {}
+        picture, hole = self.sample(gallery.selected_index)
         shown = self.show(picture, picture_text(picture, "Sample"), ["Press Complete, or paint another hole."], hole)
         return shown | {self.ui.samples: gr.skip()}
 
@@ -581,8 +584,9 @@ class Page:
         yield self.details(result, 0)
 
     @sentences
-    def choose(self, event: gr.SelectData, result: Result | None) -> dict:
-        return self.details(result, event.index) if result else {}
+    def choose(self, gallery: gr.Gallery, result: Result | None) -> dict:
+        chosen = gallery.selected_index
+        return {} if result is None or chosen is None else self.details(result, chosen)
 
     def details(self, result: Result, index: int) -> dict:
         """The rounds of one completion, and its file."""

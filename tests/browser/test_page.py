@@ -84,6 +84,7 @@ def test_the_rounds_are_shown_for_the_chosen_completion(visit):
         assert tokens.shape == (8, 8, 3) and (tokens == (224, 33, 138)).all(2).sum() == count
     film = seen.page.locator("#history img.film").get_attribute("src")
     assert Image.open(decoded(film)).n_frames == 5
+    seen.page.locator("#results button.thumbnail-item").nth(1).click()
     seen.page.locator("#results button.thumbnail-item").nth(2).click()
     seen.page.locator("#history h3", has_text="seed 23").wait_for()
 
