@@ -7,7 +7,8 @@
 Encoder, codebook and transformer stand still; the decoder and its discriminator go on from stage 1 (`--vqgan`). Half of
 every batch keeps its true tokens and the losses of stage 1, so that the decoder forgets nothing; the other half gets its
 hole's tokens from the transformer in a few rounds, and learns to make them look real (adversarial, feature matching) and to
-join the known pixels. The finished model, all parts in one file, is OUTPUT/maskgit.safetensors.
+join the known pixels. From here on it also sees the transformer's features of the known part. The finished model, all parts
+in one file, is OUTPUT/maskgit.safetensors.
 """
 
 import argparse
