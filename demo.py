@@ -526,20 +526,23 @@ class Page:
             ui.samples: gr.Gallery(selected_index=None),    # so that the same sample can be taken again
         }
 
-    def square_controls(self, picture: Picture, box: tuple[int, int, int]) -> dict:
+    def square_controls(self, picture: Picture, box: tuple[int, int, int], given: tuple = (None, None, None)) -> dict:
+        """The preview, and the sliders' limits and values. A value that is `given` already is not sent back: by the time
+        that it arrives, the visitor may have typed the next one."""
         ui = self.ui
         height, width = picture.pixels.shape[:2]
         left, top, side = box
-        return {
-            ui.preview: outlined(picture, box),
-            ui.side: gr.Slider(maximum=min(height, width), value=side),
-            ui.left: gr.Slider(maximum=max(width - side, 1), value=left),
-            ui.top: gr.Slider(maximum=max(height - side, 1), value=top),
+        limits = (max(width - side, 1), max(height - side, 1), min(height, width))
+        sliders = {
+            slider: gr.Slider(maximum=limit) if value == old else gr.Slider(maximum=limit, value=value)
+            for slider, limit, value, old in zip((ui.left, ui.top, ui.side), limits, box, given, strict=True)
         }
+        return {ui.preview: outlined(picture, box), **sliders}
 
     @sentences
     def move_square(self, picture: Picture | None, left: float, top: float, side: float) -> dict:
-        return self.square_controls(picture, picture.placed(left, top, side).box) if picture else {}
+        given = (left, top, side)
+        return self.square_controls(picture, picture.placed(*given).box, given) if picture else {}
 
     @sentences
     def point_at(self, event: gr.SelectData, picture: Picture | None, side: float) -> dict:
