@@ -167,8 +167,7 @@ class Visit:
         """A stroke through points given as shares of the square's width and height."""
         canvas = self.page.locator("#editor canvas").first
         canvas.scroll_into_view_if_needed()
-        box = canvas.bounding_box()
-        side = float(self.page.locator("#editor .zoom-number").inner_text().strip(" %\n")) / 100 * 512    # as it is shown
+        box, side = self.settled(canvas)
         left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
         self.page.mouse.move(left + points[0][0] * side, top + points[0][1] * side)
         self.page.mouse.down()
@@ -176,6 +175,15 @@ class Visit:
             self.page.mouse.move(left + x * side, top + y * side, steps=8)
         self.page.mouse.up()
         self.page.wait_for_selector("#editor [aria-label='Undo']:not([disabled])")
+
+    def settled(self, canvas: object) -> tuple[dict, float]:
+        """Box of the canvas and side of the square as it is shown, once both have stood still for a second."""
+        seen = []
+        while len(seen) < 5 or any(other != seen[-1] for other in seen[-5:]):
+            side = float(self.page.locator("#editor .zoom-number").inner_text().strip(" %\n")) / 100 * 512
+            seen.append((canvas.bounding_box(), side))
+            self.page.wait_for_timeout(250)
+        return seen[-1]
 
     def complete(self, seed: int) -> str:
         """Press the button with a seed that this page has not used before, wait, and return the status line."""
