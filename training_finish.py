@@ -203,8 +203,8 @@ def validate(run: Run, images: Tensor) -> dict[str, float]:
     for image, mask, seeds in training.share(accelerator, *fixed, batch_size=c.batch_size):
         image, mask = to_float(image), mask.float()
         with accelerator.autocast():
-            true = model.decode(model.vqgan.encode(image), image, mask)
-            sampled = model.complete(image, mask, seeds.tolist(), total_iter=8).images
+            sampled, _, known = model.complete(image, mask, seeds.tolist(), total_iter=8)
+            true = model.decode(model.vqgan.encode(image), image, mask, known.context)
         wanted = run.features(image)
         for kind, output in (("true", true), ("sampled", sampled)):
             pasted = torch.where(mask.bool(), output, image)
