@@ -139,11 +139,20 @@ def draw_schedules(axis, rows: list[Row], x: str, score: str) -> None:
 # ---- sweep ----
 
 
+def draw_sweep(rows: list[Row], score: str, folder: Path) -> None:
+    """Into `folder`: the score over T, and over the sweet spot where there are several to compare."""
+    decodes = {tuple(row[key] for key in (*SETTING, "mask_func", "total_iter")) for row in rows}
+    points = {tuple(row[key] for key in (*SETTING, "mask_func", "total_iter", "sweet_spot")) for row in rows}
+    whole = any(row["sweet_spot"] == row["total_iter"] for row in rows)
+    if whole:
+        score_over_total_iter(rows, score, folder / "score_over_total_iter.png")
+    if len(points) > len(decodes) or not whole:
+        score_over_sweet_spot(rows, score, folder / "score_over_sweet_spot.png")
+
+
 def score_over_total_iter(rows: list[Row], score: str, path: str | Path) -> None:
     """The score of whole runs (t = T) over T: a panel a setting, a line a schedule."""
     whole = [row for row in rows if row["sweet_spot"] == row["total_iter"]]
-    if not whole:
-        raise UserError("no row has sweet_spot = total_iter, so there is no score over T to draw")
     settings = unique(tuple(row[key] for key in SETTING) for row in whole)
     columns = min(3, len(settings))
     lines = math.ceil(len(settings) / columns)
@@ -312,9 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "sweep":
         rows = read_csv(args.csv, ("mask_func", "total_iter", "sweet_spot", "seed", *SETTING))
         check_sweep(rows)
-        score = score_name(rows, args.score)
-        score_over_total_iter(rows, score, args.output / "score_over_total_iter.png")
-        score_over_sweet_spot(rows, score, args.output / "score_over_sweet_spot.png")
+        draw_sweep(rows, score_name(rows, args.score), args.output)
     elif args.command == "schedules":
         if unknown := set(args.mask_func) - set(SCHEDULES):
             raise UserError(f"unknown --mask-func {', '.join(sorted(unknown))}; expected some of {', '.join(SCHEDULES)}")

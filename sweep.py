@@ -10,8 +10,8 @@ the ground truth too. One decode of T rounds gives the scores of all its sweet s
 it stopped when it is started again with the same --output.
 
 Writes to OUTPUT: results.csv (a row a setting, sweet spot and seed), results.md (tables: mean and standard deviation over
-the seeds), and as PNG score_over_total_iter, score_over_sweet_spot, schedules and, for each T, rounds_T: picture and token
-mask of every round.
+the seeds), and as PNG score_over_total_iter, score_over_sweet_spot (where there are several), schedules and, for each T,
+rounds_T: picture and token mask of every round.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,7 @@ import utils
 from features import Features, Statistics, file_sha256, load_features
 from metrics import Moments, Perceptual, batch_metrics, frechet_distance, kernel_distance, load_perceptual
 from models import MaskGIT
-from models.decoding import DECODERS
+from models.decoding import DECODERS, Round
 from models.maskgit import pixel_to_token_mask
 from models.schedule import SCHEDULES
 from tasks import load_model
@@ -249,63 +250,59 @@ def half_precision(model: MaskGIT, args: argparse.Namespace):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def decode_tokens(model: MaskGIT, pictures: Pictures, setting: Setting, last: int, args: argparse.Namespace, tick) -> Tensor:
-    """Tokens of every picture after each of the rounds 1..last: (last, M, N) int32 on the CPU."""
-    parts = []
-    for start in range(0, len(pictures.stems), args.batch_size):
-        batch = slice(start, start + args.batch_size)
-        image = data.to_float(pictures.images[batch]).to(model.device)
-        # inpainting.py's seeds, so that its pictures are the ones that are scored here
-        seeds = [utils.seeded(setting.seed, stem, 0).initial_seed() for stem in pictures.stems[batch]]
-        with half_precision(model, args):
-            known = model.known(image, pictures.holes[batch].to(model.device))
-            rounds = model.complete_tokens(known, seeds, sweet_spot=last, **setting.options())
-        parts.append(torch.stack([r.tokens.int() for r in rounds]).cpu())                       # (last, B, N)
-        tick(len(image))
-    return torch.cat(parts, dim=1)
-
-
-def decode_pictures(model: MaskGIT, pictures: Pictures, batch: slice, tokens: Tensor, args: argparse.Namespace) -> Tensor:
-    """The batch's completed pictures, uint8 (B, 3, H, W) on the CPU, from its tokens (B, N)."""
-    image, holes = pictures.images[batch], pictures.holes[batch]
-    shown = (data.to_float(image).to(model.device), holes.to(model.device))
-    if not args.known:
-        shown = (torch.zeros_like(shown[0]), torch.ones_like(shown[1]))
+def complete_batch(
+    model: MaskGIT, pictures: Pictures, batch: slice, setting: Setting, spots: Sequence[int], args: argparse.Namespace
+) -> tuple[list[Tensor], list[Round]]:
+    """Some pictures completed: uint8 (B, 3, H, W) on the CPU after each of the rounds `spots`, and all rounds."""
+    image, hole = pictures.images[batch], pictures.holes[batch]
+    x, mask = data.to_float(image).to(model.device), hole.to(model.device)
+    # inpainting.py's seeds, so that its pictures are the ones that are scored here
+    seeds = [utils.seeded(setting.seed, stem, 0).initial_seed() for stem in pictures.stems[batch]]
+    shown = (x, mask) if args.known else (torch.zeros_like(x), torch.ones_like(mask))
     with half_precision(model, args):
-        decoded = model.decode(tokens.long().to(model.device), *shown)
-    decoded = data.to_uint8(decoded.cpu()).contiguous()    # the decoder may give channels_last
-    return torch.where(holes, decoded, image) if args.paste else decoded
+        known = model.known(x, mask)
+        rounds = model.complete_tokens(known, seeds, sweet_spot=max(spots), **setting.options())
+        decoded = [model.decode(rounds[spot - 1].tokens, *shown, known.context) for spot in spots]
+    done = [data.to_uint8(x.cpu()).contiguous() for x in decoded]    # the decoder may give channels_last
+    return [torch.where(hole, x, image) if args.paste else x for x in done], rounds
 
 
-def score_spot(model: MaskGIT, pictures: Pictures, tokens: Tensor, judge: Judge, args: argparse.Namespace) -> dict[str, str]:
-    """Scores of the pictures that tokens (M, N) give; batch by batch, so that memory does not grow with M."""
-    rows, parts = [], []
-    for start in range(0, len(tokens), args.batch_size):
-        batch = slice(start, start + args.batch_size)
-        done = decode_pictures(model, pictures, batch, tokens[batch], args)                     # (B, 3, H, W)
-        rows += [judge.network.network(x.float() / 255).cpu().double() for x in done.split(judge.network.batch_size)]
-        parts.append(batch_metrics(done, pictures.truth[batch], pictures.holes[batch], judge.perceptual))
-    features = torch.cat(rows)                                                                  # (M, D)
+def measure(done: Tensor, pictures: Pictures, batch: slice, judge: Judge) -> dict[str, Tensor]:
+    """Features (B, D) and paired metrics (B,) of completed pictures."""
+    rows = [judge.network.network(x.float() / 255).cpu().float() for x in done.split(judge.network.batch_size)]
+    paired = batch_metrics(done, pictures.truth[batch], pictures.holes[batch], judge.perceptual)
+    return {"features": torch.cat(rows)} | {name: paired[name].double().cpu() for name in judge.columns[2:]}
+
+
+def summarise(measured: dict[str, Tensor], judge: Judge) -> dict[str, str]:
+    """A row's scores of what was measured on all M pictures."""
+    features = measured.pop("features").double()                                                # (M, D)
     enough = len(features) >= 4    # for different subsets
     scores = {
         judge.network.frechet_name: frechet_distance(judge.truth.moments, Moments.of_features(features)),
         judge.network.kernel_name: kernel_distance(judge.truth.features, features)["mean"] if enough else math.nan,
     }
-    for name in judge.columns[2:]:
-        values = torch.cat([part[name].double().cpu() for part in parts])                       # (M,)
+    for name, values in measured.items():
         scores[name] = values.sum().item() if name == "known_changed" else values.nanmean().item()
     return {name: f"{value:.6g}" for name, value in scores.items()}
 
 
 @torch.no_grad()
 def run(model: MaskGIT, pictures: Pictures, setting: Setting, judge: Judge, args: argparse.Namespace, tick) -> list[dict]:
-    """The results' rows of one decode, one a sweet spot."""
-    spots = setting.spots(args)
-    tokens = decode_tokens(model, pictures, setting, max(spots), args, tick)                    # (last, M, N)
-    return [
-        setting.columns(spot) | {"n": str(len(pictures.stems))} | score_spot(model, pictures, tokens[spot - 1], judge, args)
-        for spot in spots
-    ]
+    """The results' rows of one decode, one a sweet spot.
+
+    Goes batch by batch; only the features and numbers of all pictures are kept.
+    """
+    spots, M = setting.spots(args), len(pictures.stems)
+    parts: dict[int, list[dict[str, Tensor]]] = {spot: [] for spot in spots}
+    for start in range(0, M, args.batch_size):
+        batch = slice(start, start + args.batch_size)
+        completed, _ = complete_batch(model, pictures, batch, setting, spots, args)
+        for spot, done in zip(spots, completed, strict=True):
+            parts[spot].append(measure(done, pictures, batch, judge))
+        tick(len(completed[0]))
+    measured = {spot: {name: torch.cat([part[name] for part in mine]) for name in mine[0]} for spot, mine in parts.items()}
+    return [setting.columns(spot) | {"n": str(M)} | summarise(measured[spot], judge) for spot in spots]
 
 
 # ---- results ----
@@ -404,9 +401,7 @@ def spread(rows: list[dict[str, str]], score: str) -> str:
 
 def draw(model: MaskGIT, pictures: Pictures, rows: list[dict[str, str]], args: argparse.Namespace, judge: Judge) -> None:
     score = judge.network.frechet_name
-    if any(row["sweet_spot"] == row["total_iter"] for row in rows):
-        figures.score_over_total_iter(rows, score, args.output / "score_over_total_iter.png")
-    figures.score_over_sweet_spot(rows, score, args.output / "score_over_sweet_spot.png")
+    figures.draw_sweep(rows, score, args.output)
     figures.schedule_curves(args.mask_func, args.output / "schedules.png")
     shown = pictures.stems.index(args.show) if args.show else 0
     one = Pictures(pictures.stems[shown : shown + 1], *(x[shown : shown + 1] for x in pictures[1:]))
@@ -425,12 +420,9 @@ def first_setting(args: argparse.Namespace, mask_func: str, total: int) -> Setti
 @torch.no_grad()
 def rounds_of(model: MaskGIT, one: Pictures, setting: Setting, args: argparse.Namespace):
     """Pictures and token masks of every round, as arrays (H, W, 3)."""
-    image, size = data.to_float(one.images).to(model.device), one.images.shape[-1]
-    seeds = [utils.seeded(setting.seed, one.stems[0], 0).initial_seed()]
-    with half_precision(model, args):
-        rounds = model.complete_tokens(model.known(image, one.holes.to(model.device)), seeds, **setting.options())
-    done = [decode_pictures(model, one, slice(1), r.tokens, args)[0] for r in rounds]
-    return [to_array(x) for x in done], [mask_picture(r.masked[0], size) for r in rounds]
+    size, spots = one.images.shape[-1], range(1, setting.total_iter + 1)
+    done, rounds = complete_batch(model, one, slice(1), setting, spots, args)
+    return [to_array(x[0]) for x in done], [mask_picture(r.masked[0], size) for r in rounds]
 
 
 def mask_picture(masked: Tensor, size: int):

@@ -99,7 +99,7 @@ def test_the_decoder_can_be_kept_from_the_known_pixels(folder, tmp_path, monkeyp
     monkeypatch.setattr(MaskGIT, "decode", lambda self, t, *a: shown.append(a) or decode(self, t, *a))
     options = ("--mask-func", "cosine", "--total-iter", "2", "--seeds", "0", "--no-figures")
     sweep.main(arguments(folder, tmp_path / "plain", *options, "--no-known"))
-    assert shown and all(not image.any() and mask.all() for image, mask in shown)
+    assert shown and all(not image.any() and mask.all() for image, mask, _ in shown)
     sweep.main(arguments(folder, tmp_path / "known", *options))
     assert results(tmp_path / "plain") != results(tmp_path / "known")
 
@@ -308,6 +308,22 @@ def test_a_sweep_draws_its_results(folder, tmp_path):
     before = (tmp_path / "score_over_sweet_spot.png").read_bytes()
     figures.main(["sweep", str(tmp_path / "results.csv"), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again" / "score_over_sweet_spot.png").read_bytes() == before    # from the CSV alone
+
+
+@pytest.mark.parametrize(
+    ("spots", "drawn"),
+    [
+        ({"4": ["4"], "8": ["8"]}, ["score_over_total_iter.png"]),
+        ({"4": ["4"], "8": ["6", "8"]}, ["score_over_sweet_spot.png", "score_over_total_iter.png"]),
+        ({"8": ["6"]}, ["score_over_sweet_spot.png"]),
+    ],
+)
+def test_sweet_spots_are_drawn_where_there_are_several(spots, drawn, tmp_path):
+    pytest.importorskip("matplotlib")
+    fixed = {"decoder": "maskgit", "temperature": "1", "choice_temperature": "4.5", "mask_func": "cosine", "FD-x": "5"}
+    rows = [fixed | {"total_iter": T, "sweet_spot": t, "seed": seed} for T in spots for t in spots[T] for seed in "01"]
+    figures.draw_sweep(rows, "FD-x", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == drawn
 
 
 def test_rounds_show_the_pictures_bit_for_bit(folder, tmp_path):
