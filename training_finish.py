@@ -25,7 +25,7 @@ from torchvision.utils import save_image
 import training
 import utils
 from data import load_folder, random_holes, to_float
-from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss
+from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss, mean_score
 from models.maskgit import Known, MaskGIT
 from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual_distance
 
@@ -143,7 +143,7 @@ def generator_terms(
         "perceptual": c.perceptual * distance[:half].mean(),
         "sampled_l1": c.sampled_l1 * hole_l1(output[half:], image[half:], mask[half:]),
         "sampled_perceptual": c.sampled_perceptual * distance[half:].mean(),
-        "adversarial": -c.adversarial * score.float().mean(),
+        "adversarial": -c.adversarial * mean_score(score.float(), mask),
         "feature_matching": c.feature_matching * feature_matching(fake, real),
     }
     return terms, pasted
@@ -159,7 +159,7 @@ def micro_step(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> dict[
     accelerator.backward(terms["loss"] / share)
     with accelerator.autocast():
         scores, _ = run.discriminator(torch.cat([image, pasted.detach()]))
-        terms["discriminator"] = hinge_loss(*scores.float().chunk(2))
+        terms["discriminator"] = hinge_loss(*scores.float().chunk(2), mask)
     accelerator.backward(terms["discriminator"] / share)
     return {name: term.detach() for name, term in terms.items()}
 

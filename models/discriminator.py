@@ -47,9 +47,24 @@ class PatchDiscriminator(nn.Module):
         return self.judge(image), features
 
 
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss: real scores above 1, fake scores below -1 (Lim & Ye 2017)."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+def hinge_loss(real: Tensor, fake: Tensor, hole: Tensor | None = None) -> Tensor:
+    """The discriminator's loss: real scores above 1, fake scores below -1 (Lim & Ye 2017). `hole` as in `mean_score`."""
+    return 0.5 * (mean_score(F.relu(1 - real), hole) + mean_score(F.relu(1 + fake), hole))
+
+
+def mean_score(scores: Tensor, hole: Tensor | None = None) -> Tensor:
+    """Mean of the scores (B, 1, h, w), or each picture's mean over its hole.
+
+    Where its pixels are known, a completed picture *is* real: a discriminator that has to call those patches made up learns
+    little (Zeng et al. 2021, AOT-GAN, section 3.3).
+
+    Args:
+        hole: (B, 1, H, W), 1 = hole; a score counts by the hole's share of its h x w-th part of the picture.
+    """
+    if hole is None:
+        return scores.mean()
+    weight = F.interpolate(hole.to(scores.dtype), size=scores.shape[-2:], mode="area")           # (B, 1, h, w)
+    return ((scores * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1e-6)).mean()
 
 
 def feature_matching(fake: list[Tensor], real: list[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss
+from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss, mean_score
 
 
 def discriminator(**options) -> PatchDiscriminator:
@@ -63,6 +63,25 @@ def test_widths_that_are_no_multiples_of_32_and_refusal():
 ])
 def test_hinge_loss(real, fake, expected):
     assert hinge_loss(torch.tensor(real), torch.tensor(fake)) == expected
+
+
+def test_scores_outside_the_hole_do_not_count():
+    hole = torch.zeros(2, 1, 16, 16)
+    hole[0, :, 4:8, 4:8] = 1                    # one score of 4 x 4
+    hole[1, :, :8, :6] = 1                      # two whole ones and two halves
+    scores = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    own = scores[1, 0]
+    second = (own[0, 0] + own[1, 0] + own[0, 1] / 2 + own[1, 1] / 2) / 3
+    assert mean_score(scores, hole).allclose((scores[0, 0, 1, 1] + second) / 2)
+    other = torch.where(hole[:, :, ::4, ::4].bool(), scores, 99.0)
+    assert mean_score(other, hole) == mean_score(scores, hole)
+    assert hinge_loss(other, other, hole) == hinge_loss(scores, scores, hole) != hinge_loss(scores, scores)
+
+
+def test_a_hole_everywhere_is_the_mean_over_the_picture():
+    scores = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert mean_score(scores, torch.ones(2, 1, 64, 64)).allclose(scores.mean()) and mean_score(scores) == scores.mean()
+    assert mean_score(scores, torch.zeros(2, 1, 64, 64)) == 0
 
 
 def test_feature_matching_closed_form():
