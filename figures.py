@@ -141,8 +141,8 @@ def draw_schedules(axis, rows: list[Row], x: str, score: str) -> None:
 
 def draw_sweep(rows: list[Row], score: str, folder: Path) -> None:
     """Into `folder`: the score over T, and over the sweet spot where there are several to compare."""
-    decodes = {tuple(row[key] for key in (*SETTING, "mask_func", "total_iter")) for row in rows}
-    points = {tuple(row[key] for key in (*SETTING, "mask_func", "total_iter", "sweet_spot")) for row in rows}
+    decode = (*SETTING, "mask_func", "total_iter")
+    decodes, points = ({tuple(row[key] for key in keys) for row in rows} for keys in (decode, (*decode, "sweet_spot")))
     whole = any(row["sweet_spot"] == row["total_iter"] for row in rows)
     if whole:
         score_over_total_iter(rows, score, folder / "score_over_total_iter.png")

@@ -276,13 +276,14 @@ def measure(done: Tensor, pictures: Pictures, batch: slice, judge: Judge) -> dic
 
 def summarise(measured: dict[str, Tensor], judge: Judge) -> dict[str, str]:
     """A row's scores of what was measured on all M pictures."""
-    features = measured.pop("features").double()                                                # (M, D)
+    features = measured["features"].double()                                                    # (M, D)
     enough = len(features) >= 4    # for different subsets
     scores = {
         judge.network.frechet_name: frechet_distance(judge.truth.moments, Moments.of_features(features)),
         judge.network.kernel_name: kernel_distance(judge.truth.features, features)["mean"] if enough else math.nan,
     }
-    for name, values in measured.items():
+    for name in judge.columns[2:]:
+        values = measured[name]                                                                 # (M,)
         scores[name] = values.sum().item() if name == "known_changed" else values.nanmean().item()
     return {name: f"{value:.6g}" for name, value in scores.items()}
 
