@@ -421,6 +421,15 @@ def loop(
     return 128 + stopped if stopped else 0
 
 
+def other_tokens(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
+    """The first weight in which two VQGANs' encoders or codebooks differ, so that they make other tokens; None: in none.
+
+    Compared in half precision, which model files hold.
+    """
+    names = [name for name in other if not name.startswith("decoder.")]
+    return next((n for n in names if n not in one or not torch.equal(one[n].cpu().half(), other[n].cpu().half())), None)
+
+
 def export(model: Any, path: Path, **notes: str) -> None:
     """A MaskGIT, both stages in one file."""
     with utils.atomic_write(path) as temporary:

@@ -8,7 +8,7 @@ Encoder, codebook and transformer stand still; the decoder and its discriminator
 every batch keeps its true tokens and the losses of stage 1, so that the decoder forgets nothing; the other half gets its
 hole's tokens from the transformer in a few rounds, and learns to make them look real (adversarial, feature matching) and to
 join the known pixels. From here on it also sees the transformer's features of the known part. The finished model, all parts
-in one file, is OUTPUT/maskgit.safetensors.
+in one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is finished further, with a new discriminator.
 """
 
 import argparse
@@ -250,10 +250,11 @@ def restore(run: Run, state: dict) -> None:
     run.optimizer_d.load_state_dict(state["optimizer_d"])
 
 
-def load_model(path: str, vqgan: str, context: bool) -> tuple[MaskGIT, dict]:
-    """The model of stage 2 with the decoder of stage 1, which must have been trained on the same tokens.
+def load_model(path: str, vqgan: str | None, context: bool) -> tuple[MaskGIT, dict | None]:
+    """The model of stage 2 with the decoder of stage 1, which must have been trained on the same tokens; or, where no stage
+    1 is given, a finished model with the decoder it has.
 
-    Returns it and the stage-1 checkpoint.
+    Returns it and the weights of stage 1's discriminator.
     """
     try:
         model = MaskGIT.from_file(path)
@@ -261,16 +262,21 @@ def load_model(path: str, vqgan: str, context: bool) -> tuple[MaskGIT, dict]:
         raise utils.UserError(str(error)) from error
     if not model.vqgan.conditioned:
         raise utils.UserError("the finish needs the conditioned decoder; this model has the reference decoder")
-    state = utils.load_checkpoint(vqgan, "vqgan-training")
-    saved, own = state["ema"], model.vqgan.state_dict()
-    for name, value in own.items():
-        # The model file holds half precision, so the comparison is made there too.
-        if not name.startswith("decoder") and not torch.equal(saved[name].half(), value.half()):
+    judge = None
+    if vqgan is not None:
+        state = utils.load_checkpoint(vqgan, "vqgan-training")
+        if name := training.other_tokens(state["ema"], model.vqgan.state_dict()):
             raise utils.UserError(f"{vqgan} has other tokens than {path}: {name} differs; give its own VQGAN")
-    if context:
+        model.vqgan, judge = model.vqgan.without_context(), state["discriminator"]
+        model.vqgan.load_state_dict(state["ema"])
+    if context and not model.vqgan.config.context_dim:
         model = with_context(model)
-    model.vqgan.load_state_dict(model.vqgan.state_dict() | saved)
-    return model.requires_grad_(False).eval(), state
+    elif model.vqgan.config.context_dim and not context:
+        raise utils.UserError(
+            f"train_finish.context is false, and the decoder of {path} takes the transformer's features; give --vqgan, to "
+            "begin with the decoder of stage 1"
+        )
+    return model.requires_grad_(False).eval(), judge
 
 
 def with_context(model: MaskGIT) -> MaskGIT:
@@ -289,10 +295,12 @@ def load_features(config: FinishConfig, weights: str | None) -> PerceptualFeatur
 
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:
     """Models, optimizers, losses and pictures, on their device."""
-    model, stage1 = training.on_main(accelerator, lambda: load_model(args.model, args.vqgan, c.context))
+    model, judge = training.on_main(accelerator, lambda: load_model(args.model, args.vqgan, c.context))
+    torch.manual_seed(c.seed)    # for a discriminator that begins here
     discriminator = PatchDiscriminator(c.discriminator_channels, c.discriminator_strided)
     try:
-        discriminator.load_state_dict(stage1["discriminator"])
+        if judge is not None:
+            discriminator.load_state_dict(judge)
     except RuntimeError as error:
         raise utils.UserError(
             f"the discriminator of {args.vqgan} has another size than train_finish.discriminator_channels and "
@@ -314,7 +322,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     training.add_flags(parser)
     flag = parser.add_argument
     flag("--model", required=True, help="the model of stage 2 (maskgit.safetensors)")
-    flag("--vqgan", required=True, help="stage-1 checkpoint (last.pt) with decoder and discriminator")
+    flag("--vqgan", help="stage-1 checkpoint (last.pt) with decoder and discriminator (default: the model's own decoder, "
+                         "to finish it further, and a new discriminator)")    # fmt: skip
     flag("--train-pictures", type=int, help="pictures in the shards (default: counted from their headers)")
     flag("--workers", type=int, default=0, help="processes that read shards ahead (default: none)")
     flag("--perceptual-weights", help="file with the perceptual network's weights (default: torchvision downloads them)")

@@ -264,6 +264,19 @@ def load_vqgan(path: str) -> VQGAN:
     return vqgan.eval().requires_grad_(False)
 
 
+def trained_transformer(path: str, model: MaskGIT) -> dict[str, Tensor]:
+    """The transformer's weights in a finished model, which must be of the architecture and the tokens of `model`."""
+    try:
+        trained = MaskGIT.from_file(path)
+    except ValueError as error:
+        raise utils.UserError(f"--init: {error}") from error
+    if trained.transformer.config != model.transformer.config:
+        raise utils.UserError(f"--init {path} has another transformer than the config: {asdict(trained.transformer.config)}")
+    if name := training.other_tokens(trained.vqgan.state_dict(), model.vqgan.state_dict()):
+        raise utils.UserError(f"--init {path} was trained on other tokens than --vqgan makes: {name} differs")
+    return trained.transformer.state_dict()
+
+
 def state_of(run: Run, configs: dict) -> dict:
     return {
         "kind": KIND, "config": configs, "vqgan": run.plain.vqgan.state_dict(),
@@ -286,6 +299,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training.add_flags(parser)
     parser.add_argument("--vqgan", required=True, help="stage-1 checkpoint (last.pt), or a finished .safetensors model")
+    parser.add_argument("--init", metavar="FILE", help="begin from the transformer of this model, not from random weights")
     parser.add_argument("--token-cache", metavar="DIR", help="where the training set's tokens lie (default: OUTPUT/tokens)")
     return parser.parse_args(argv)
 
@@ -327,6 +341,8 @@ def run_training(
     model = MaskGIT(vqgan.config, model_config)
     model.vqgan.load_state_dict(vqgan.state_dict())
     model.embed_codes(utils.seeded(config.seed, "embed codes"))
+    if args.init:
+        model.transformer.load_state_dict(training.on_main(accelerator, lambda: trained_transformer(args.init, model)))
     model.to(accelerator.device)
     configs = model.configs() | {"train_transformer": asdict(config)}
 

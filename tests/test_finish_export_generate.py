@@ -158,6 +158,61 @@ def test_the_finish_does_not_write_over_a_run(runs):
         finish(runs, runs / "finish")
 
 
+def go_on(runs, script, output, section, *argv) -> MaskGIT:
+    """Two epochs of a training that begins from a finished model, at a rate that leaves half precision as it is."""
+    common = ["--config", "configs/tiny.yml", "--train-dir", runs / "pictures", "--val-dir", runs / "pictures"]
+    common += ["--epochs", "2", "--device", "cpu", "--output-dir", output, "--set", f"{section}.learning_rate=1e-12"]
+    run(script, *common, *argv)
+    return MaskGIT.from_file(output / "maskgit.safetensors")
+
+
+def equal_in_half(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name].half(), other[name].half()) for name in one)
+
+
+def test_a_finished_model_is_finished_further(runs, tmp_path):
+    """Without --vqgan, from the decoder that it has, features of the transformer included."""
+    argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
+    model = go_on(runs, training_finish, tmp_path / "out", "train_finish", *argv)
+    assert equal_in_half(model.state_dict(), MaskGIT.from_file(runs / "finish/maskgit.safetensors").state_dict())
+    word = "train_finish.context is false, and the decoder of .* takes the transformer's features"
+    with pytest.raises(utils.UserError, match=word):
+        go_on(runs, training_finish, tmp_path / "plain", "train_finish", *argv, "--set", "train_finish.context=false")
+
+
+def test_given_stage_1_the_finish_of_a_finished_model_begins_anew(runs, tmp_path):
+    argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
+    model = go_on(runs, training_finish, tmp_path / "out", "train_finish", *argv, "--vqgan", runs / "vqgan/last.pt")
+    stage1 = utils.load_checkpoint(runs / "vqgan/last.pt", training_vqgan.KIND)["ema"]
+    assert equal_in_half({n: x for n, x in model.vqgan.state_dict().items() if "from_context" not in n}, stage1)
+    assert model.vqgan.decoder.from_context.weight.abs().max() < 1e-6    # zero but for the tiny steps
+
+
+def test_stage_2_goes_on_from_a_finished_model(runs, tmp_path):
+    finished = runs / "finish/maskgit.safetensors"
+    argv = ["--vqgan", finished, "--init", finished]
+    model = go_on(runs, training_transformer, tmp_path / "out", "train_transformer", *argv)
+    assert equal_in_half(model.transformer.state_dict(), MaskGIT.from_file(finished).transformer.state_dict())
+
+
+def test_stage_2_refuses_to_go_on_from_what_does_not_fit(runs, tmp_path):
+    other = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    other.vqgan.codebook.embedding.weight.data[0] += 1
+    other.save_file(tmp_path / "other.safetensors")
+    finished = ["--vqgan", runs / "finish/maskgit.safetensors", "--init"]
+
+    def told(*argv) -> str:
+        with pytest.raises(utils.UserError) as error:
+            go_on(runs, training_transformer, tmp_path / "out", "train_transformer", *finished, *argv)
+        assert not (tmp_path / "out/last.pt").exists()
+        return str(error.value)
+
+    assert "was trained on other tokens than --vqgan makes: codebook" in told(tmp_path / "other.safetensors")
+    assert "--init: checkpoint none.safetensors not found" in told("none.safetensors")
+    depth = ["--set", "transformer.depth=1"]
+    assert "has another transformer than the config" in told(runs / "finish/maskgit.safetensors", *depth)
+
+
 def test_export_takes_the_transformer_of_one_and_the_decoder_of_the_other(runs, tmp_path):
     argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
     run(export, *argv, "--output", tmp_path / "model.safetensors", "--note", "seed=0")
