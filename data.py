@@ -370,17 +370,18 @@ def random_holes(count: int, size: int, generator: torch.Generator) -> Tensor:
     stroke, box = kind < STROKE_SHARE, kind > 1 - BOX_SHARE
     holes = torch.empty(count, size * size, dtype=torch.bool, device=generator.device)
     walk = ~(stroke | box)
-    holes[walk] = _walks(int(walk.sum()), size, generator)
+    holes[walk] = random_walks(int(walk.sum()), size, generator).flatten(1)
     holes[stroke] = _nearest(_distance_to_polyline(int(stroke.sum()), size, generator), generator)
     holes[box] = _nearest(_distance_to_box_centre(int(box.sum()), size, generator), generator)
     return holes.view(count, 1, size, size)
 
 
-def _walks(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """The pixels visited by a lattice walk from a random start, which stays in place when it would leave the picture.
+def random_walks(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Holes of the first kind alone: the pixels visited by a lattice walk from a random start, which stays in place when
+    it would leave the picture. Arguments and result as in `random_holes`.
 
     Such a walk is, in law, a free walk folded back at the borders: -1 -> 0, -2 -> 1, ...; so a cumulative sum and a
-    remainder replace the loop over steps. Returns bool (count, size * size).
+    remainder replace the loop over steps.
     """
     steps = max(1, round(WALK_STEPS * size * size))
     options = {"generator": generator, "device": generator.device, "dtype": torch.int32}
@@ -392,7 +393,7 @@ def _walks(count: int, size: int, generator: torch.Generator) -> Tensor:
         free = (start + move.cumsum(1, dtype=torch.int32)).remainder(2 * size)  # (count, steps) in [0, 2 * size)
         cell = cell * size + torch.minimum(free, 2 * size - 1 - free)
     holes = torch.zeros(count, size * size, dtype=torch.bool, device=generator.device)
-    return holes.scatter_(1, cell.long(), True)
+    return holes.scatter_(1, cell.long(), True).view(count, 1, size, size)
 
 
 def _nearest(distance: Tensor, generator: torch.Generator) -> Tensor:
@@ -430,7 +431,7 @@ def _distance_to_box_centre(count: int, size: int, generator: torch.Generator) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `check`, `split` or `shards` (see dataset_tools.py)."""
+    """Run `check`, `split`, `holes` or `shards` (see dataset_tools.py)."""
     import dataset_tools  # here, because it imports this module
 
     return dataset_tools.main(argv)

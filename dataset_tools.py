@@ -1,4 +1,4 @@
-"""The command line of data.py: find duplicates and leaks, split a folder without leaks, pack it into shards.
+"""The command line of data.py: find duplicates and leaks, split a folder without leaks, draw holes, pack it into shards.
 
 Two pictures are *exact* duplicates if their decoded pixels are equal, and *near* duplicates if their gray thumbnails of
 16x16 pixels correlate by `--threshold` or more, as they are or with one mirrored (training flips pictures, so a
@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import DataError, find_images, open_rgb, read_square
+import utils
+from data import DataError, find_images, open_rgb, random_holes, random_walks, read_square
 
 THUMB = 16          # pixels a side of the thumbnails compared
 # On 8,817 aligned cat faces, which are all alike at this size, nearly all pairs above 0.96 are one photo or a burst,
@@ -193,6 +194,18 @@ def _staging(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is not empty; give a new folder")
+
+
+def move_folder(filled: Path, output: Path) -> None:
+    """To where nothing is yet, or an empty folder."""
+    if output.exists():
+        output.rmdir()
+    os.replace(filled, output)
+
+
 # ---- split ----------------------------------------------------------------------------------------------------------
 
 def assign(groups: list[Group], val_share: float, test_share: float, seed: int) -> dict[str, list[Picture]]:
@@ -223,8 +236,7 @@ def split(args: argparse.Namespace) -> int:
     if not (args.val_share >= 0 and args.test_share >= 0 and 0 < args.val_share + args.test_share < 1):
         raise DataError(f"--val-share ({args.val_share}) and --test-share ({args.test_share}) must not be negative, "
                         "and their sum must lie between 0 and 1")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} is not empty; give a new folder")
+    check_new(output)
     groups = group_duplicates(fingerprint_folder(Path(args.source)), args.threshold)
     if args.distinct:
         groups = [group._replace(pictures=list({p.digest: p for p in reversed(group.pictures)}.values())[::-1])
@@ -235,11 +247,34 @@ def split(args: argparse.Namespace) -> int:
             (staging / "all" / name).mkdir(parents=True)
             for picture in pictures:
                 shutil.copy(picture.file, staging / "all" / name)
-        if output.exists():
-            output.rmdir()
-        os.replace(staging / "all", output)
+        move_folder(staging / "all", output)
     for name, pictures in parts.items():
         print(f"{output / name}: {len(pictures):,} pictures")
+    return 0
+
+
+# ---- holes ----------------------------------------------------------------------------------------------------------
+
+def holes(args: argparse.Namespace) -> int:
+    """Draw a hole for every picture, of its size and name, black on white. A hole depends on the seed and the name alone."""
+    output = Path(args.output)
+    if args.size < 2:
+        raise DataError(f"--size ({args.size}) must be at least 2, so that a mask has a hole and a known pixel")
+    check_new(output)
+    draw = random_walks if args.kind == "walks" else random_holes
+    shares = []
+    with _staging(output) as staging:
+        (staging / "all").mkdir()
+        for stem, file in tqdm(find_images(args.source).items(), desc=f"drawing for {args.source}", disable=None):
+            hole = draw(1, args.size, utils.seeded(args.seed, "hole", stem))[0, 0]             # (size, size)
+            mask = Image.fromarray(~hole.numpy()).convert("L").resize(open_rgb(file).size, Image.Resampling.NEAREST)
+            dark, light = mask.histogram()[:: 255]
+            if not dark or not light:
+                raise DataError(f"{file} is too small for a hole that was drawn on {args.size}x{args.size}; lower --size")
+            mask.save(staging / "all" / f"{stem}.png")
+            shares.append(dark / (dark + light))
+        move_folder(staging / "all", output)
+    print(f"{output}: {len(shares):,} holes of {np.mean(shares):.1%} of their pictures on average")
     return 0
 
 
@@ -294,7 +329,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(prog="data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="check|split|shards")
+    commands = parser.add_subparsers(required=True, metavar="check|split|holes|shards")
     command = commands.add_parser("check", help="report duplicates; exit 1 if any crosses two folders")
     command.add_argument("folders", nargs="+", metavar="DIR", help="folders of pictures, such as train, val and test")
     command.add_argument("--threshold", type=float, default=THRESHOLD, help="of near duplicates (%(default)s)")
@@ -311,6 +346,15 @@ def _parser() -> _Parser:
     command.add_argument("--threshold", type=float, default=THRESHOLD, help="of near duplicates (%(default)s)")
     command.add_argument("--distinct", action="store_true", help="of exact duplicates copy one only")
     command.set_defaults(run=split)
+
+    command = commands.add_parser("holes", help="draw a hole mask for every picture of a folder, black = hole")
+    command.add_argument("source", metavar="SRC", help="folder of pictures")
+    command.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
+    command.add_argument("--kind", choices=("walks", "all"), default="walks",
+                         help="walks: random walks, as in the usual test set; all: as in training (%(default)s)")
+    command.add_argument("--size", type=int, default=64, help="pixels a side that they are drawn on (%(default)s)")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=holes)
 
     command = commands.add_parser("shards", help="pack a folder into WebDataset tar files")
     command.add_argument("source", metavar="SRC", help="folder of pictures")

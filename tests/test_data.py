@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import data
 import dataset_tools
+import utils
 from data import DataError
 
 
@@ -349,7 +350,7 @@ def test_walks_have_the_law_of_a_walk_that_stays_at_the_border():
             seen.add(2 * y + x)
         expected[sum(1 << cell for cell in seen)] += 1 / 4**4
     count = 20_000
-    codes = (data._walks(count, 2, generator()).int() << torch.arange(4)).sum(1)
+    codes = (data.random_walks(count, 2, generator()).flatten(1).int() << torch.arange(4)).sum(1)
     drawn = Counter(codes.tolist())
     assert set(drawn) == set(expected)
     for code, p in expected.items():
@@ -397,7 +398,7 @@ def test_random_holes_resemble_the_test_masks(shared):
     files = data.find_images(shared / "data" / "catface64" / "test" / "mask")
     real = torch.cat([data.read_mask(file) for file in files.values()])            # (300, 64, 64)
     g = generator()
-    expected, walks = _hole_statistics(real), _hole_statistics(data._walks(1000, 64, g).view(-1, 64, 64))
+    expected, walks = _hole_statistics(real), _hole_statistics(data.random_walks(1000, 64, g).view(-1, 64, 64))
     tolerance = {"mean": 0.006, "std": 0.005, "outline": 0.005, "border": 0.012}    # 2 to 3 sigma of 300 masks
     for name, value in expected.items():
         assert walks[name] == pytest.approx(value, abs=tolerance[name]), name
@@ -611,6 +612,41 @@ def test_a_failed_split_leaves_nothing(mixed, tmp_path, monkeypatch, capsys):
     assert data.main(["split", str(mixed), "--output", str(tmp_path / "out")]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
+
+
+# ---- holes ----------------------------------------------------------------------------------------------------------
+
+def test_every_picture_gets_a_hole_of_its_size_that_depends_on_seed_and_name(tmp_path, capsys):
+    for name, width, height in (("a.png", 64, 64), ("b.jpg", 64, 64), ("c.png", 40, 90)):
+        save(tmp_path / "src" / name, picture(0, height, width))
+    save(tmp_path / "one" / "b.png", picture(1, 64, 64))
+    for source, output, *flags in (("src", "x"), ("one", "y"), ("src", "z", "--seed", "1"), ("src", "w", "--kind", "all")):
+        assert data.main(["holes", str(tmp_path / source), "--output", str(tmp_path / output), *flags]) == 0
+    pairs = data.pair(tmp_path / "src", tmp_path / "x")
+    masks = {stem: data.read_mask(mask) for stem, _, mask in pairs}
+    assert {stem: data.read_image(image).shape[1:] for stem, image, _ in pairs} == {s: m.shape[1:] for s, m in masks.items()}
+    drawn = data.random_walks(1, 64, utils.seeded(0, "hole", "b"))[0]
+    assert torch.equal(masks["b"], drawn) and torch.equal(data.read_mask(tmp_path / "y/b.png"), drawn)
+    assert not torch.equal(masks["a"], masks["b"])
+    assert torch.equal(data.read_mask(tmp_path / "z/b.png"), data.random_walks(1, 64, utils.seeded(1, "hole", "b"))[0])
+    assert torch.equal(data.read_mask(tmp_path / "w/b.png"), data.random_holes(1, 64, utils.seeded(0, "hole", "b"))[0])
+    said = capsys.readouterr().out.splitlines()[0]
+    share = sum(mask.double().mean().item() for mask in masks.values()) / 3
+    assert said == f"{tmp_path / 'x'}: 3 holes of {share:.1%} of their pictures on average"
+
+
+def test_holes_refusals(tmp_path, capsys):
+    save(tmp_path / "src/a.png", picture(0, 64, 64))
+    save(tmp_path / "tiny/a.png", picture(0, 1, 1))
+    for argv, message in [
+        (["src", "--output", str(tmp_path / "src")], "is not empty; give a new folder"),
+        (["src", "--output", str(tmp_path / "new"), "--size", "1"], "--size (1) must be at least 2"),
+        (["tiny", "--output", str(tmp_path / "new")], "a.png is too small for a hole that was drawn on 64x64"),
+        (["none", "--output", str(tmp_path / "new")], "none"),
+    ]:
+        assert data.main(["holes", str(tmp_path / argv[0]), *argv[1:]]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "tiny"]
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------
