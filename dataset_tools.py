@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-import utils
 from data import DataError, find_images, open_rgb, random_holes, random_walks, read_square
 
 THUMB = 16          # pixels a side of the thumbnails compared
@@ -226,8 +226,8 @@ def assign(groups: list[Group], val_share: float, test_share: float, seed: int) 
     return parts
 
 
-def _seeded(digest: str, seed: int) -> str:
-    return hashlib.blake2b(f"{seed} {digest}".encode(), digest_size=16).hexdigest()
+def _seeded(key: str, seed: int) -> str:
+    return hashlib.blake2b(f"{seed} {key}".encode(), digest_size=16).hexdigest()
 
 
 def split(args: argparse.Namespace) -> int:
@@ -255,6 +255,10 @@ def split(args: argparse.Namespace) -> int:
 
 # ---- holes ----------------------------------------------------------------------------------------------------------
 
+def hole_generator(stem: str, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(_seeded(stem, seed)[:15], 16))
+
+
 def holes(args: argparse.Namespace) -> int:
     """Draw a hole for every picture, of its size and name, black on white. A hole depends on the seed and the name alone."""
     output = Path(args.output)
@@ -266,7 +270,7 @@ def holes(args: argparse.Namespace) -> int:
     with _staging(output) as staging:
         (staging / "all").mkdir()
         for stem, file in tqdm(find_images(args.source).items(), desc=f"drawing for {args.source}", disable=None):
-            hole = draw(1, args.size, utils.seeded(args.seed, "hole", stem))[0, 0]             # (size, size)
+            hole = draw(1, args.size, hole_generator(stem, args.seed))[0, 0]                  # (size, size)
             mask = Image.fromarray(~hole.numpy()).convert("L").resize(open_rgb(file).size, Image.Resampling.NEAREST)
             dark, light = mask.histogram()[:: 255]
             if not dark or not light:

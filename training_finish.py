@@ -4,11 +4,11 @@
 
 (--config, --train-dir, --val-dir, --output-dir and the other flags as in the two stages; more in docs/training.md).
 
-Encoder, codebook and transformer stand still; the decoder and its discriminator go on from stage 1 (`--vqgan`). Half of
-every batch keeps its true tokens and the losses of stage 1, so that the decoder forgets nothing; the other half gets its
-hole's tokens from the transformer in a few rounds, and learns to make them look real (adversarial, feature matching) and to
-join the known pixels. From here on it also sees the transformer's features of the known part. The finished model, all parts
-in one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is finished further, with a new discriminator.
+Encoder, codebook and transformer stand still; the decoder and its discriminator go on from stage 1 (`--vqgan`). A quarter of
+every batch keeps its true tokens and the losses of stage 1, so that the decoder forgets nothing; the others get their holes'
+tokens from the transformer in a few rounds, and it learns to make them look real (adversarial, feature matching) and to join
+the known pixels. From here on it also sees the transformer's features of the known part. The finished model, all parts in
+one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is finished further, with a new discriminator.
 """
 
 import argparse
@@ -35,7 +35,8 @@ KIND = "finish-training"
 @dataclass
 class FinishConfig:
     epochs: int = 5
-    batch_size: int = 32                # pictures per optimizer step; half of them with sampled tokens
+    batch_size: int = 32                # pictures per optimizer step
+    sampled_share: float = 0.75         # share of them whose holes have sampled tokens, the others' have true ones
     accum_grad: int = 1                 # micro-batches per optimizer step
     learning_rate: float = 1e-4         # peak; falls along a half cosine
     discriminator_rate: float = 1e-4    # constant
@@ -52,7 +53,7 @@ class FinishConfig:
     laplacian: float = 1.0
     perceptual: float = 1.0
     sampled_l1: float = 0.5             # loss weights, sampled tokens: the truth is one answer of many
-    sampled_perceptual: float = 1.0
+    sampled_perceptual: float = 2.0
     adversarial: float = 0.1            # both
     feature_matching: float = 1.0
     discriminator_channels: int = 64    # as in stage 1
@@ -66,12 +67,21 @@ class FinishConfig:
         for name in ("epochs", "batch_size", "accum_grad", "rounds", "log_every", "save_every", "val_pictures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.true_pictures < self.batch_size:
+            raise ValueError(
+                f"sampled_share must leave pictures of both kinds in a batch of {self.batch_size}, got {self.sampled_share}"
+            )
         if not 0 <= self.plain_share <= 1:
             raise ValueError(f"plain_share must lie in [0, 1], got {self.plain_share}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         if self.learning_rate <= 0 or self.discriminator_rate <= 0 or self.grad_clip <= 0:
             raise ValueError("learning_rate, discriminator_rate and grad_clip must be above 0")
+
+    @property
+    def true_pictures(self) -> int:
+        """How many of a batch keep their true tokens; they come first."""
+        return self.batch_size - round(self.sampled_share * self.batch_size)
 
 
 @dataclass
@@ -88,6 +98,10 @@ class Run(training.Counted):
     features: PerceptualFeatures
     pictures: Any               # training.FolderPictures or ShardPictures
 
+    def true_of(self, part: Tensor) -> int:
+        """How many pictures of a part of a batch, the first ones, keep their true tokens: the same share in every part."""
+        return len(part) * self.config.true_pictures // self.config.batch_size
+
 
 def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
     """This process's pictures, holes and sampling seeds of one step; those of all are a function of (seed, step) alone.
@@ -99,7 +113,7 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
     mirrored = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < 0.5
     image = to_float(run.pictures.batch(step))                                   # (b, 3, H, W)
     holes = random_holes(c.batch_size, image.shape[-1], generator)               # (B, 1, H, W)
-    plain = torch.rand(c.batch_size // 2, 1, 1, 1, generator=generator) < c.plain_share
+    plain = torch.rand(c.true_pictures, 1, 1, 1, generator=generator) < c.plain_share
     holes[: len(plain)] |= plain
     seeds = [utils.seeded(c.seed, "finish sample", step, i).initial_seed() for i in range(c.batch_size)]
     return torch.where(mirrored[mine], image.flip(3), image), holes[mine].float(), seeds[mine]
@@ -107,13 +121,13 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
 
 @torch.no_grad()
 def mixed_tokens(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor | None]:
-    """True tokens for the first half of the batch, sampled ones in the holes of the second: (B, N); and the context."""
-    c, half = run.config, len(image) // 2
+    """True tokens for the first pictures of the batch, sampled ones in the holes of the others: (B, N); and the context."""
+    c, true = run.config, run.true_of(image)
     with run.accelerator.autocast():
         known = run.model.known(image, mask)
-        sampled = Known(*(None if part is None else part[half:] for part in known))
-        rounds = run.model.complete_tokens(sampled, seeds[half:], total_iter=c.rounds, temperature=c.temperature)
-    return torch.cat([run.model.vqgan.encode(image[:half]), rounds[-1].tokens]), known.context
+        sampled = Known(*(None if part is None else part[true:] for part in known))
+        rounds = run.model.complete_tokens(sampled, seeds[true:], total_iter=c.rounds, temperature=c.temperature)
+    return torch.cat([run.model.vqgan.encode(image[:true]), rounds[-1].tokens]), known.context
 
 
 def hole_l1(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -126,7 +140,7 @@ def generator_terms(
     run: Run, image: Tensor, mask: Tensor, tokens: Tensor, context: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The weighted terms of the decoder's loss, and the completed pictures."""
-    c, half, grid = run.config, len(image) // 2, run.model.vqgan.config.grid
+    c, true, grid = run.config, run.true_of(image), run.model.vqgan.config.grid
     z_q = run.model.vqgan.codebook.lookup(tokens.view(-1, grid, grid))           # (B, d, h, w)
     output = run.decoder(z_q, image, mask, context).float()                      # (B, 3, H, W)
     pasted = torch.where(mask.bool(), output, image)
@@ -134,15 +148,15 @@ def generator_terms(
     with torch.no_grad():
         wanted = run.features(image)
         _, real = judge(image)
-    distance = perceptual_distance(run.features(pasted), wanted)                 # (B,)
+    distance = perceptual_distance(run.features(pasted), wanted, mask)           # (B,)
     score, fake = judge(pasted)
     judge.requires_grad_(True)
     terms = {
-        "l1": c.l1 * hole_l1(output[:half], image[:half], mask[:half]),
-        "laplacian": c.laplacian * laplacian_distance(pasted[:half], image[:half]),
-        "perceptual": c.perceptual * distance[:half].mean(),
-        "sampled_l1": c.sampled_l1 * hole_l1(output[half:], image[half:], mask[half:]),
-        "sampled_perceptual": c.sampled_perceptual * distance[half:].mean(),
+        "l1": c.l1 * hole_l1(output[:true], image[:true], mask[:true]),
+        "laplacian": c.laplacian * laplacian_distance(pasted[:true], image[:true]),
+        "perceptual": c.perceptual * distance[:true].mean(),
+        "sampled_l1": c.sampled_l1 * hole_l1(output[true:], image[true:], mask[true:]),
+        "sampled_perceptual": c.sampled_perceptual * distance[true:].mean(),
         "adversarial": -c.adversarial * mean_score(score.float(), mask),
         "feature_matching": c.feature_matching * feature_matching(fake, real),
     }
@@ -336,10 +350,11 @@ def main(argv: list[str] | None = None) -> int:
     config = utils.build_config(FinishConfig, utils.with_flags(section, args), "train_finish")
     accelerator = training.start(args.device, config.precision)
     with training.errors_told_once(accelerator, args.output_dir):
-        parts = 2 * accelerator.num_processes * config.accum_grad    # a true and a sampled half in each
-        if config.batch_size % parts:
-            message = f"must be a multiple of 2 x processes x accum_grad ({parts})"
-            raise utils.UserError(f"batch_size ({config.batch_size}) {message}")
+        utils.check_split(config.batch_size, config.accum_grad, accelerator)
+        parts, true = accelerator.num_processes * config.accum_grad, config.true_pictures
+        if true % parts:
+            message = f"must be a multiple of processes x accum_grad ({parts}); change batch_size or sampled_share"
+            raise utils.UserError(f"the pictures of a batch with true tokens ({true} of {config.batch_size}) {message}")
         folder = training.on_main(accelerator, lambda: utils.writable_folder(args.output_dir))
         run = build_run(args, config, accelerator)
         val_images = load_folder(args.val_dir, run.model.image_size, args.bad_images)[: config.val_pictures]

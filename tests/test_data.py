@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 import data
 import dataset_tools
-import utils
 from data import DataError
 
 
@@ -625,11 +624,11 @@ def test_every_picture_gets_a_hole_of_its_size_that_depends_on_seed_and_name(tmp
     pairs = data.pair(tmp_path / "src", tmp_path / "x")
     masks = {stem: data.read_mask(mask) for stem, _, mask in pairs}
     assert {stem: data.read_image(image).shape[1:] for stem, image, _ in pairs} == {s: m.shape[1:] for s, m in masks.items()}
-    drawn = data.random_walks(1, 64, utils.seeded(0, "hole", "b"))[0]
+    drawn = data.random_walks(1, 64, dataset_tools.hole_generator("b", 0))[0]
     assert torch.equal(masks["b"], drawn) and torch.equal(data.read_mask(tmp_path / "y/b.png"), drawn)
     assert not torch.equal(masks["a"], masks["b"])
-    assert torch.equal(data.read_mask(tmp_path / "z/b.png"), data.random_walks(1, 64, utils.seeded(1, "hole", "b"))[0])
-    assert torch.equal(data.read_mask(tmp_path / "w/b.png"), data.random_holes(1, 64, utils.seeded(0, "hole", "b"))[0])
+    assert torch.equal(data.read_mask(tmp_path / "z/b.png"), data.random_walks(1, 64, dataset_tools.hole_generator("b", 1))[0])
+    assert torch.equal(data.read_mask(tmp_path / "w/b.png"), data.random_holes(1, 64, dataset_tools.hole_generator("b", 0))[0])
     said = capsys.readouterr().out.splitlines()[0]
     share = sum(mask.double().mean().item() for mask in masks.values()) / 3
     assert said == f"{tmp_path / 'x'}: 3 holes of {share:.1%} of their pictures on average"

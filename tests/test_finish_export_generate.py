@@ -1,5 +1,6 @@
 """The steps after stage 2: finish the decoder, put the parts into one file, make pictures from nothing."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -103,7 +104,7 @@ def new_accelerator():
 
 
 def test_micro_batches_of_the_finish_add_up_to_the_batch(runs, tmp_path, new_accelerator):
-    """Each holds a true and a sampled half, so their means are the batch's; float32 rounds differently."""
+    """Each holds true and sampled ones at the batch's ratio, so their means are the batch's; float32 rounds differently."""
     exact = ["--set", "train_finish.precision=fp32"]
     one, four = finish(runs, tmp_path / "one", *exact), finish(runs, tmp_path / "four", *exact, "--accum-grad", "4")
     for first, second in zip(metrics(tmp_path / "one")[:1], metrics(tmp_path / "four")[:1], strict=True):
@@ -111,9 +112,28 @@ def test_micro_batches_of_the_finish_add_up_to_the_batch(runs, tmp_path, new_acc
     assert one["step"] == four["step"] == 4
 
 
+@pytest.mark.parametrize(("share", "true"), [(0.25, 12), (0.5, 8), (0.75, 4)])
+def test_the_first_pictures_of_a_batch_keep_their_true_tokens_in_every_part(runs, share, true):
+    model = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    config = training_finish.FinishConfig(batch_size=16, sampled_share=share, rounds=1)
+    accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    given = {field: None for field in training_finish.Run.__dataclass_fields__}
+    run = training_finish.Run(**given | {"config": config, "model": model, "accelerator": accelerator})
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(16, 3, model.image_size, model.image_size, generator=generator) * 2 - 1
+    mask = torch.ones(16, 1, model.image_size, model.image_size)
+    wanted = model.vqgan.encode(image)
+    for parts in (1, 2, 4):
+        for k in range(parts):
+            part = slice(k, None, parts)
+            tokens, _ = training_finish.mixed_tokens(run, image[part], mask[part], list(range(16))[part])
+            kept = (tokens == wanted[part]).all(1)
+            assert kept.tolist() == [True] * (true // parts) + [False] * ((16 - true) // parts)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_only_pictures_with_true_tokens_may_be_wholly_unknown(share):
-    config = training_finish.FinishConfig(batch_size=8, plain_share=share)
+    config = training_finish.FinishConfig(batch_size=8, sampled_share=0.5, plain_share=share)
     pictures = training.FolderPictures(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), 8, seed=0, rank=0, processes=1)
     run = SimpleNamespace(
         config=config, pictures=pictures, accelerator=SimpleNamespace(process_index=0, num_processes=1)
@@ -131,7 +151,7 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
 
     def breaks(*args):
         calls.append(1)
-        return real(*args) * (float("nan") if len(calls) in (5, 6) else 1)    # both halves of step 2
+        return real(*args) * (float("nan") if len(calls) in (5, 6) else 1)    # true and sampled ones of step 2
 
     monkeypatch.setattr(training_finish, "hole_l1", breaks)
     with pytest.raises(utils.NotFinite, match="l1 of step 2 is nan"):
@@ -143,7 +163,10 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
 
 
 @pytest.mark.parametrize(("flags", "word"), [
-    (["--batch-size", "6", "--accum-grad", "2"], "multiple of 2 x processes x accum_grad"),
+    (["--batch-size", "16", "--accum-grad", "8"], r"true tokens \(4 of 16\) must be a multiple of processes x accum_grad"),
+    (["--batch-size", "6", "--accum-grad", "4"], "must be divisible by processes x accum_grad"),
+    (["--set", "train_finish.sampled_share=1"], "sampled_share must leave pictures of both kinds in a batch of 16, got 1"),
+    (["--set", "train_finish.sampled_share=0.01"], "sampled_share must leave pictures of both kinds"),
     (["--set", "train_finish.discriminator_channels=8"], "discriminator of"),
     (["--perceptual-weights", "none.safetensors"], "--perceptual-weights"),
     (["--model", "none.safetensors"], "not found"),
