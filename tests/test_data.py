@@ -624,11 +624,12 @@ def test_every_picture_gets_a_hole_of_its_size_that_depends_on_seed_and_name(tmp
     pairs = data.pair(tmp_path / "src", tmp_path / "x")
     masks = {stem: data.read_mask(mask) for stem, _, mask in pairs}
     assert {stem: data.read_image(image).shape[1:] for stem, image, _ in pairs} == {s: m.shape[1:] for s, m in masks.items()}
-    drawn = data.random_walks(1, 64, dataset_tools.hole_generator("b", 0))[0]
-    assert torch.equal(masks["b"], drawn) and torch.equal(data.read_mask(tmp_path / "y/b.png"), drawn)
-    assert not torch.equal(masks["a"], masks["b"])
-    assert torch.equal(data.read_mask(tmp_path / "z/b.png"), data.random_walks(1, 64, dataset_tools.hole_generator("b", 1))[0])
-    assert torch.equal(data.read_mask(tmp_path / "w/b.png"), data.random_holes(1, 64, dataset_tools.hole_generator("b", 0))[0])
+    drawn = {seed: data.random_walks(1, 64, dataset_tools.hole_generator("b", seed))[0] for seed in (0, 1)}
+    of_all_kinds = data.random_holes(1, 64, dataset_tools.hole_generator("b", 0))[0]
+    for mask, expected in ((masks["b"], drawn[0]), *((data.read_mask(tmp_path / folder / "b.png"), hole) for folder, hole in
+                           (("y", drawn[0]), ("z", drawn[1]), ("w", of_all_kinds)))):    # fmt: skip
+        assert torch.equal(mask, expected)
+    assert not torch.equal(masks["a"], masks["b"]) and not torch.equal(drawn[0], drawn[1])
     said = capsys.readouterr().out.splitlines()[0]
     share = sum(mask.double().mean().item() for mask in masks.values()) / 3
     assert said == f"{tmp_path / 'x'}: 3 holes of {share:.1%} of their pictures on average"
