@@ -27,7 +27,7 @@ import utils
 from data import load_folder, random_holes, to_float
 from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss, mean_score
 from models.maskgit import Known, MaskGIT
-from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual_distance
+from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual_distance, steepness_gap
 
 KIND = "finish-training"
 
@@ -56,6 +56,7 @@ class FinishConfig:
     sampled_perceptual: float = 2.0
     adversarial: float = 0.1            # both
     feature_matching: float = 1.0
+    steepness: float = 2.0
     discriminator_channels: int = 64    # as in stage 1
     discriminator_strided: int = 2
     perceptual_network: str = "squeezenet1_1"
@@ -159,6 +160,7 @@ def generator_terms(
         "sampled_perceptual": c.sampled_perceptual * distance[true:].mean(),
         "adversarial": -c.adversarial * mean_score(score.float(), mask),
         "feature_matching": c.feature_matching * feature_matching(fake, real),
+        "steepness": c.steepness * steepness_gap(pasted, image, mask).mean(),
     }
     return terms, pasted
 

@@ -89,6 +89,30 @@ def laplacian_distance(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
     return total + difference.abs().mean() / 2**levels
 
 
+def steepness_gap(output: Tensor, image: Tensor, hole: Tensor) -> Tensor:
+    """How far the hole's mean gradient lies from the original's: 0 = alike, 0.01 = 10 % too flat or too steep.
+
+    A likely completion is the mean of many, so it is smoother than any of them; distances to the original like it so. Only a
+    mean is compared here: it asks for as much detail as there was, wherever (compare the gradient variance of Abrahamyan et
+    al. 2022, https://arxiv.org/abs/2202.00997).
+
+    Args:
+        output, image: (B, 3, H, W) in [-1, 1], alike outside the hole.
+        hole: (B, 1, H, W), 1 = hole. Two neighbouring pixels count if one of them lies in it.
+    Returns:
+        (B,) squared relative differences.
+    """
+    mine, wanted, pairs = (torch.zeros(len(image), device=image.device) for _ in range(3))
+    for dim in (2, 3):
+        size = hole.shape[dim] - 1
+        weight = torch.maximum(hole.narrow(dim, 0, size), hole.narrow(dim, 1, size))               # (B, 1, ...)
+        mine = mine + (output.diff(dim=dim).abs() * weight).mean(1).sum((1, 2))
+        wanted = wanted + (image.diff(dim=dim).abs() * weight).mean(1).sum((1, 2))
+        pairs = pairs + weight.sum((1, 2, 3))
+    least = 0.02 * pairs.clamp_min(1)    # flat originals would ask for much
+    return ((mine - wanted) / torch.maximum(wanted, least)).square()
+
+
 def _read_features(path: Path, features: nn.Module) -> dict[str, Tensor]:
     """The entries of a weight file that belong to `features`, with torchvision's 'features.' prefix removed."""
     if not path.is_file():

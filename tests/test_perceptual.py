@@ -10,7 +10,7 @@ import torchvision
 from safetensors.torch import save_file
 
 import data
-from models.perceptual import TAPS, PerceptualFeatures, laplacian_distance, perceptual_distance
+from models.perceptual import TAPS, PerceptualFeatures, laplacian_distance, perceptual_distance, steepness_gap
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +230,41 @@ def test_laplacian_is_zero_for_itself_symmetric_and_homogeneous():
     torch.testing.assert_close(laplacian_distance(a, b), laplacian_distance(b, a))
     torch.testing.assert_close(laplacian_distance(3 * a, 3 * b), 3 * laplacian_distance(a, b))
     assert laplacian_distance(a, b) > F.l1_loss(F.avg_pool2d(a, 8), F.avg_pool2d(b, 8)) / 8
+
+
+def test_the_steepness_gap_is_a_relative_difference_of_mean_gradients():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 3, 8, 8, generator=generator) * 2 - 1
+    everywhere = torch.ones(3, 1, 8, 8)
+    factors = torch.tensor([1.0, 0.9, 1.5]).view(3, 1, 1, 1)
+    gap = steepness_gap(image * factors + 0.1, image, everywhere)
+    torch.testing.assert_close(gap, torch.tensor([0.0, 0.01, 0.25]), atol=1e-6, rtol=1e-4)
+    mirrored = steepness_gap(image.flip(3), image, everywhere)    # as much detail, elsewhere
+    torch.testing.assert_close(mirrored, torch.zeros(3), atol=1e-9, rtol=0)
+
+
+def test_the_steepness_gap_counts_pairs_of_the_hole_alone():
+    image = torch.zeros(1, 3, 5, 5)
+    image[..., 1] = 0.4                                                      # a line; the hole is one pixel of it
+    hole = torch.zeros(1, 1, 5, 5)
+    hole[..., 2, 1] = 1
+    output = image.clone()
+    output[..., 2, 1] = 0.2                # of four pairs, two were 0.4 steep: now two are 0.2 and two (up, down) 0.2
+    assert steepness_gap(output, image, hole).item() == pytest.approx(0.0, abs=1e-9)
+    output[..., 2, 1] = 0.3                # 0.3 + 0.3 + 0.1 + 0.1 = 0.8, as before: only the hole's pairs can tell
+    output[..., 4, 4] = 1.0                # far from the hole
+    assert steepness_gap(output, image, hole).item() == pytest.approx(0.0, abs=1e-9)
+    output[..., 2, 1] = 0.8                # 0.8 + 0.8 + 0.4 + 0.4 = 2.4 instead of 0.8
+    assert steepness_gap(output, image, hole).item() == pytest.approx(4.0, rel=1e-5)
+
+
+def test_the_steepness_gap_of_flat_originals_and_without_a_hole_is_finite():
+    flat, hole = torch.zeros(2, 3, 6, 6), torch.ones(2, 1, 6, 6)
+    hole[1] = 0
+    output = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    gap = steepness_gap(output, flat, hole)
+    gap.sum().backward()
+    steps = [output.detach()[0].diff(dim=dim).abs() for dim in (1, 2)]
+    mean = sum(step.sum() for step in steps) / sum(step.numel() for step in steps)
+    assert gap[0].item() == pytest.approx((mean.item() / 0.02) ** 2, rel=1e-4) and gap[1] == 0
+    assert output.grad.isfinite().all() and output.grad[1].abs().max() == 0
