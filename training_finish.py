@@ -27,7 +27,13 @@ import utils
 from data import load_folder, random_holes, to_float
 from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss, mean_score
 from models.maskgit import Known, MaskGIT
-from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual_distance, steepness_gap
+from models.perceptual import (
+    PerceptualFeatures,
+    laplacian_distance,
+    perceptual_distance,
+    steepness_gap,
+    weighted_mean,
+)
 
 KIND = "finish-training"
 
@@ -133,8 +139,7 @@ def mixed_tokens(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> tup
 
 def hole_l1(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """Mean absolute error, the hole counting ten times as much as the known pixels."""
-    weight = mask + 0.1                                                          # (B, 1, H, W)
-    return (((output - image).abs().mean(1, keepdim=True) * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))).mean()
+    return weighted_mean((output - image).abs().mean(1, keepdim=True), mask + 0.1).mean()
 
 
 def generator_terms(
@@ -224,7 +229,7 @@ def validate(run: Run, images: Tensor) -> dict[str, float]:
         wanted = run.features(image)
         for kind, output in (("true", true), ("sampled", sampled)):
             pasted = torch.where(mask.bool(), output, image)
-            error = ((pasted - image).pow(2).mean(1, keepdim=True) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+            error = weighted_mean((pasted - image).pow(2).mean(1, keepdim=True), mask)
             sums[f"val_{kind}_psnr"] += (10 * torch.log10(4 / error.clamp_min(1e-10))).sum()
             sums[f"val_{kind}_perceptual"] += perceptual_distance(run.features(pasted), wanted, mask).sum()
     share = accelerator.num_processes / len(images)

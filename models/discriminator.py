@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.perceptual import weighted_mean
+
 
 class PatchDiscriminator(nn.Module):
     """Judges overlapping patches as real or made up.
@@ -63,8 +65,8 @@ def mean_score(scores: Tensor, hole: Tensor | None = None) -> Tensor:
     """
     if hole is None:
         return scores.mean()
-    weight = F.interpolate(hole.to(scores.dtype), size=scores.shape[-2:], mode="area")           # (B, 1, h, w)
-    return ((scores * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1e-6)).mean()
+    share = F.interpolate(hole.to(scores.dtype), size=scores.shape[-2:], mode="area")            # (B, 1, h, w)
+    return weighted_mean(scores, share).mean()
 
 
 def feature_matching(fake: list[Tensor], real: list[Tensor]) -> Tensor:

@@ -67,9 +67,14 @@ def perceptual_distance(a: list[Tensor], b: list[Tensor], weight: Tensor | None 
         if weight is None:
             total = total + difference.mean(dim=(1, 2, 3))
         else:
-            w = F.interpolate(weight.float(), size=x.shape[-2:], mode="area")         # (B, 1, h, w)
-            total = total + (difference * w).sum(dim=(1, 2, 3)) / w.sum(dim=(1, 2, 3)).clamp_min(1e-8)
+            part = F.interpolate(weight.float(), size=x.shape[-2:], mode="area")      # (B, 1, h, w)
+            total = total + weighted_mean(difference, part)
     return total / len(a)
+
+
+def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Each picture's mean of x (B, 1, H, W), weighted by (B, 1, H, W) >= 0: (B,), 0 where all weights are 0."""
+    return (x * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3)).clamp_min(1e-8)
 
 
 def laplacian_distance(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
