@@ -3,14 +3,18 @@
     python export.py --transformer runs/maskgit/best.pt --vqgan runs/vqgan/last.pt --output out/cat.safetensors
 
 `--transformer` is a stage-2 checkpoint (its averaged weights are taken). `--vqgan` replaces the VQGAN inside it by a better
-one for the same tokens: a stage-1 checkpoint or a model file, e.g. of training_finish.py.
+one for the same tokens: a stage-1 checkpoint or a model file, e.g. of training_finish.py. `--average` names a model that the
+stage-2 training began from (--init): the mean of both transformers is often better than either (model soups, Wortsman et al.
+2022, https://arxiv.org/abs/2203.05482).
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+import training
 import utils
 from models.maskgit import MaskGIT
 from models.transformer import TransformerConfig
@@ -21,6 +25,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformer", required=True, help="stage-2 checkpoint (last.pt or best.pt)")
     parser.add_argument("--vqgan", help="stage-1 checkpoint or .safetensors model with a better decoder for the same tokens")
+    parser.add_argument("--average", metavar="FILE", help="model whose transformer is averaged with the checkpoint's")
     parser.add_argument("--output", required=True, help="the .safetensors file to write")
     parser.add_argument("--note", action="append", default=[], metavar="KEY=VALUE", help="goes into the file's metadata")
     return parser.parse_args(argv)
@@ -55,6 +60,21 @@ def assemble(transformer: str, vqgan: str | None) -> MaskGIT:
     return model.eval()
 
 
+def average(model: MaskGIT, path: str) -> None:
+    """Put the mean of its own transformer and that of another model into `model`."""
+    try:
+        other = MaskGIT.from_file(path)
+    except ValueError as error:
+        raise utils.UserError(f"--average: {error}") from error
+    if other.transformer.config != model.transformer.config:
+        raise utils.UserError(f"--average {path} has another transformer: {asdict(other.transformer.config)}")
+    if name := training.other_tokens(other.vqgan.state_dict(), model.vqgan.state_dict()):
+        raise utils.UserError(f"--average {path} was trained on other tokens: {name} differs")
+    theirs = other.transformer.state_dict()
+    mean = {name: (value + theirs[name]) / 2 for name, value in model.transformer.state_dict().items()}
+    model.transformer.load_state_dict(mean)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     notes = dict(note.partition("=")[::2] for note in args.note)
@@ -63,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     if "" in notes or set(notes) & {"format", "library", "config"}:
         raise utils.UserError("--note must be KEY=VALUE with a key other than format, library and config")
     model = assemble(args.transformer, args.vqgan)
+    if args.average:
+        average(model, args.average)
     utils.writable_folder(Path(args.output).parent)
     model.save_file(args.output, **notes)
     print(f"wrote {args.output} ({Path(args.output).stat().st_size / 1e6:.1f} MB)")

@@ -263,6 +263,23 @@ def test_export_refuses_a_vqgan_of_other_tokens(runs, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_export_averages_two_transformers(runs, tmp_path):
+    other = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    for parameter in other.transformer.parameters():
+        parameter.data += 0.5
+    other.save_file(tmp_path / "other.safetensors")
+    argv = ["--transformer", runs / "maskgit/last.pt", "--output", tmp_path / "model.safetensors"]
+    run(export, *argv, "--average", tmp_path / "other.safetensors")
+    ema = utils.load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
+    theirs = MaskGIT.from_file(tmp_path / "other.safetensors").transformer.state_dict()
+    for name, value in MaskGIT.from_file(tmp_path / "model.safetensors").transformer.state_dict().items():
+        assert torch.equal(value.half(), ((ema[name] + theirs[name]) / 2).half())
+    other.vqgan.codebook.embedding.weight.data[0] += 1
+    other.save_file(tmp_path / "other.safetensors")
+    assert "was trained on other tokens: codebook" in refused(export, *argv, "--average", tmp_path / "other.safetensors")
+    assert "--average: checkpoint none not found" in refused(export, *argv, "--average", "none")
+
+
 def test_generate_depends_on_the_seed_alone(runs, tmp_path):
     checkpoint = ["--checkpoint", runs / "maskgit/maskgit.safetensors", "--device", "cpu", "--total-iter", "3"]
     run(generate, *checkpoint, "--output", tmp_path / "a", "--count", "5", "--batch-size", "2", "--holes")
