@@ -9,7 +9,6 @@ stage-2 training began from (--init): the mean of both transformers is often bet
 """
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -62,15 +61,7 @@ def assemble(transformer: str, vqgan: str | None) -> MaskGIT:
 
 def average(model: MaskGIT, path: str) -> None:
     """Put the mean of its own transformer and that of another model into `model`."""
-    try:
-        other = MaskGIT.from_file(path)
-    except ValueError as error:
-        raise utils.UserError(f"--average: {error}") from error
-    if other.transformer.config != model.transformer.config:
-        raise utils.UserError(f"--average {path} has another transformer: {asdict(other.transformer.config)}")
-    if name := training.other_tokens(other.vqgan.state_dict(), model.vqgan.state_dict()):
-        raise utils.UserError(f"--average {path} was trained on other tokens: {name} differs")
-    theirs = other.transformer.state_dict()
+    theirs = training.trained_transformer("--average", path, model)
     mean = {name: (value + theirs[name]) / 2 for name, value in model.transformer.state_dict().items()}
     model.transformer.load_state_dict(mean)
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import utils
 from data import DataError, load_folder, open_shards
+from models.maskgit import MaskGIT
 
 T = TypeVar("T")
 LIMITS = {"image_size": 4096, "depth": 1000, "encoder_depth": 1000, "decoder_blocks": 1000, "discriminator_strided": 8}
@@ -428,6 +429,20 @@ def other_tokens(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None
     """
     names = [name for name in other if not name.startswith("decoder.")]
     return next((n for n in names if n not in one or not torch.equal(one[n].cpu().half(), other[n].cpu().half())), None)
+
+
+def trained_transformer(flag: str, path: str, model: MaskGIT) -> dict[str, Tensor]:
+    """The transformer's weights in the model file of a flag, which must be of the architecture and the tokens of `model`."""
+    try:
+        trained = MaskGIT.from_file(path)
+    except ValueError as error:
+        raise utils.UserError(f"{flag}: {error}") from error
+    if trained.transformer.config != model.transformer.config:
+        wanted = f"here it is {asdict(model.transformer.config)}"
+        raise utils.UserError(f"{flag} {path} has another transformer, {asdict(trained.transformer.config)}; {wanted}")
+    if name := other_tokens(trained.vqgan.state_dict(), model.vqgan.state_dict()):
+        raise utils.UserError(f"{flag} {path} was trained on other tokens than those of the VQGAN here: {name} differs")
+    return trained.transformer.state_dict()
 
 
 def export(model: Any, path: Path, **notes: str) -> None:

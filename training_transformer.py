@@ -264,19 +264,6 @@ def load_vqgan(path: str) -> VQGAN:
     return vqgan.eval().requires_grad_(False)
 
 
-def trained_transformer(path: str, model: MaskGIT) -> dict[str, Tensor]:
-    """The transformer's weights in a finished model, which must be of the architecture and the tokens of `model`."""
-    try:
-        trained = MaskGIT.from_file(path)
-    except ValueError as error:
-        raise utils.UserError(f"--init: {error}") from error
-    if trained.transformer.config != model.transformer.config:
-        raise utils.UserError(f"--init {path} has another transformer than the config: {asdict(trained.transformer.config)}")
-    if name := training.other_tokens(trained.vqgan.state_dict(), model.vqgan.state_dict()):
-        raise utils.UserError(f"--init {path} was trained on other tokens than --vqgan makes: {name} differs")
-    return trained.transformer.state_dict()
-
-
 def state_of(run: Run, configs: dict) -> dict:
     return {
         "kind": KIND, "config": configs, "vqgan": run.plain.vqgan.state_dict(),
@@ -342,7 +329,8 @@ def run_training(
     model.vqgan.load_state_dict(vqgan.state_dict())
     model.embed_codes(utils.seeded(config.seed, "embed codes"))
     if args.init:
-        model.transformer.load_state_dict(training.on_main(accelerator, lambda: trained_transformer(args.init, model)))
+        begin = training.on_main(accelerator, lambda: training.trained_transformer("--init", args.init, model))
+        model.transformer.load_state_dict(begin)
     model.to(accelerator.device)
     configs = model.configs() | {"train_transformer": asdict(config)}
 

@@ -230,10 +230,10 @@ def test_stage_2_refuses_to_go_on_from_what_does_not_fit(runs, tmp_path):
         assert not (tmp_path / "out/last.pt").exists()
         return str(error.value)
 
-    assert "was trained on other tokens than --vqgan makes: codebook" in told(tmp_path / "other.safetensors")
+    assert "was trained on other tokens than those of the VQGAN here: codebook" in told(tmp_path / "other.safetensors")
     assert "--init: checkpoint none.safetensors not found" in told("none.safetensors")
     depth = ["--set", "transformer.depth=1"]
-    assert "has another transformer than the config" in told(runs / "finish/maskgit.safetensors", *depth)
+    assert "has another transformer, {" in told(runs / "finish/maskgit.safetensors", *depth)
 
 
 def test_export_takes_the_transformer_of_one_and_the_decoder_of_the_other(runs, tmp_path):
@@ -276,7 +276,8 @@ def test_export_averages_two_transformers(runs, tmp_path):
         assert torch.equal(value.half(), ((ema[name] + theirs[name]) / 2).half())
     other.vqgan.codebook.embedding.weight.data[0] += 1
     other.save_file(tmp_path / "other.safetensors")
-    assert "was trained on other tokens: codebook" in refused(export, *argv, "--average", tmp_path / "other.safetensors")
+    told = refused(export, *argv, "--average", tmp_path / "other.safetensors")
+    assert "was trained on other tokens than those of the VQGAN here: codebook" in told
     assert "--average: checkpoint none not found" in refused(export, *argv, "--average", "none")
 
 

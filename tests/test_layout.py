@@ -29,7 +29,7 @@ LIBRARIES = {
     "muon": set(),
     "tasks": {"data", "models", "utils"},
     "token_cache": {"data", "training", "utils"},
-    "training": {"data", "utils"},
+    "training": {"data", "models", "utils"},
     "utils": set(),
 }
 SCRIPTS = {
