@@ -364,8 +364,6 @@ def random_holes(count: int, size: int, generator: torch.Generator) -> Tensor:
     Three quarters are random walks, the rest brush strokes and boxes. Every mask has a hole and a known pixel, since a
     walk has fewer steps than there are pixels. The result depends on the arguments and the generator's state alone.
     """
-    if size < 2:
-        raise ValueError(f"size ({size}) must be at least 2, so that a mask has a hole and a known pixel")
     kind = torch.rand(count, generator=generator, device=generator.device)
     stroke, box = kind < STROKE_SHARE, kind > 1 - BOX_SHARE
     holes = torch.empty(count, size * size, dtype=torch.bool, device=generator.device)
@@ -383,6 +381,8 @@ def random_walks(count: int, size: int, generator: torch.Generator) -> Tensor:
     Such a walk is, in law, a free walk folded back at the borders: -1 -> 0, -2 -> 1, ...; so a cumulative sum and a
     remainder replace the loop over steps.
     """
+    if size < 2:
+        raise ValueError(f"size ({size}) must be at least 2, so that a mask has a hole and a known pixel")
     steps = max(1, round(WALK_STEPS * size * size))
     options = {"generator": generator, "device": generator.device, "dtype": torch.int32}
     direction = torch.randint(4, (count, steps), **options)                     # bit 0: sign, bit 1: axis

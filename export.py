@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import tasks
 import training
 import utils
 from models.maskgit import MaskGIT
@@ -33,10 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def vqgan_of(path: str) -> tuple[dict[str, torch.Tensor], int]:
     """The (averaged) VQGAN weights of a stage-1 checkpoint or of a model file, and the context its decoder takes."""
     if path.endswith(".safetensors"):
-        try:
-            vqgan = MaskGIT.from_file(path).vqgan
-        except ValueError as error:
-            raise utils.UserError(str(error)) from error
+        vqgan = tasks.load_model(path, torch.device("cpu")).vqgan
         return vqgan.state_dict(), vqgan.config.context_dim
     return utils.load_checkpoint(path, "vqgan-training")["ema"], 0
 
@@ -50,8 +48,8 @@ def assemble(transformer: str, vqgan: str | None) -> MaskGIT:
         for name, value in weights.items():
             if name not in better or better[name].shape != value.shape:
                 raise utils.UserError(f"--vqgan {vqgan} has another architecture than {transformer} ({name})")
-            if not name.startswith("decoder.") and not torch.equal(better[name].half(), value.half()):
-                raise utils.UserError(f"--vqgan {vqgan} makes other tokens than {transformer} was trained on ({name})")
+        if name := training.other_tokens(better, weights):
+            raise utils.UserError(f"--vqgan {vqgan} makes other tokens than {transformer} was trained on ({name})")
         weights |= {name: value for name, value in better.items() if name.startswith("decoder.")}
     model = MaskGIT(config, TransformerConfig(**state["config"]["transformer"]))
     model.transformer.load_state_dict(state["ema"])

@@ -20,7 +20,7 @@ from torchmetrics.functional.regression import mean_absolute_error
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from models.perceptual import PerceptualFeatures, perceptual_distance
+from models.perceptual import PerceptualFeatures, neighbour_steps, perceptual_distance
 from utils import UserError
 
 # Edges of the hole-area bins, as shares of the picture: fine where inpainting holes usually are.
@@ -200,13 +200,8 @@ def rim_gradient(images: Tensor, masks: Tensor) -> Tensor:
     Returns:
         (B,), on the images' scale; nan for a picture without a rim.
     """
-    total, count = torch.zeros(2, len(images), device=images.device)
-    for dim in (2, 3):
-        steps = images.diff(dim=dim).abs().mean(dim=1, keepdim=True)    # (B, 1, H - 1, W), then (B, 1, H, W - 1)
-        rim = masks.diff(dim=dim)                                       # of bool, diff is "not equal"
-        total += (steps * rim).sum(dim=(1, 2, 3))
-        count += rim.sum(dim=(1, 2, 3))
-    return total / count                                                # 0 / 0 = nan
+    total, count = neighbour_steps(images, masks, torch.ne)
+    return total / count    # 0 / 0 = nan
 
 
 def check_pairs(pred: Tensor, truth: Tensor, masks: Tensor) -> None:

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+import tasks
 import training
 import utils
 from data import load_folder, random_holes, to_float
@@ -277,10 +278,7 @@ def load_model(path: str, vqgan: str | None, context: bool) -> tuple[MaskGIT, di
 
     Returns it and the weights of stage 1's discriminator.
     """
-    try:
-        model = MaskGIT.from_file(path)
-    except ValueError as error:
-        raise utils.UserError(str(error)) from error
+    model = tasks.load_model(path, torch.device("cpu"))
     if not model.vqgan.conditioned:
         raise utils.UserError("the finish needs the conditioned decoder; this model has the reference decoder")
     judge = None

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+import tasks
 import token_cache
 import training
 import utils
@@ -250,10 +251,7 @@ def write_completions(run: Run, images: Tensor, path: Path) -> None:
 def load_vqgan(path: str) -> VQGAN:
     """The averaged VQGAN of a stage-1 training checkpoint, or the VQGAN inside a finished model."""
     if path.endswith(".safetensors"):
-        try:
-            return MaskGIT.from_file(path).vqgan.without_context()
-        except ValueError as error:
-            raise utils.UserError(str(error)) from error
+        return tasks.load_model(path, torch.device("cpu")).vqgan.without_context()
     state = utils.load_checkpoint(path, "vqgan-training")
     try:
         vqgan = VQGAN(VQGANConfig(**state["config"]["vqgan"]))
@@ -327,10 +325,11 @@ def run_training(
     torch.manual_seed(config.seed)
     model = MaskGIT(vqgan.config, model_config)
     model.vqgan.load_state_dict(vqgan.state_dict())
-    model.embed_codes(utils.seeded(config.seed, "embed codes"))
     if args.init:
         begin = training.on_main(accelerator, lambda: training.trained_transformer("--init", args.init, model))
         model.transformer.load_state_dict(begin)
+    else:
+        model.embed_codes(utils.seeded(config.seed, "embed codes"))
     model.to(accelerator.device)
     configs = model.configs() | {"train_transformer": asdict(config)}
 

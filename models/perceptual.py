@@ -1,5 +1,6 @@
 """Perceptual distance on SqueezeNet or VGG16 features (Johnson et al. 2016; Zhang et al. 2018, LPIPS, section 3)."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -107,15 +108,31 @@ def steepness_gap(output: Tensor, image: Tensor, hole: Tensor) -> Tensor:
     Returns:
         (B,) squared relative differences.
     """
-    mine, wanted, pairs = (torch.zeros(len(image), device=image.device) for _ in range(3))
+    sums = (neighbour_steps(x, hole, torch.maximum) for x in (output, image))
+    mine, wanted = (total / count.clamp_min(1) for total, count in sums)                          # (B,), (B,)
+    return ((mine - wanted) / wanted.clamp_min(0.02)).square()    # flat originals would ask for much
+
+
+def neighbour_steps(
+    images: Tensor, hole: Tensor, chosen: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Sum over some pairs of neighbouring pixels, left and right or above and below, of their mean absolute difference.
+
+    Args:
+        images: (B, 3, H, W).
+        hole: (B, 1, H, W).
+        chosen: from the hole at a pair's two pixels, whether it counts, as 0 or 1: torch.ne, torch.maximum.
+    Returns:
+        (B,) sums and (B,) numbers of pairs.
+    """
+    total = count = torch.zeros(len(images), device=images.device)
     for dim in (2, 3):
         size = hole.shape[dim] - 1
-        weight = torch.maximum(hole.narrow(dim, 0, size), hole.narrow(dim, 1, size))               # (B, 1, ...)
-        mine = mine + (output.diff(dim=dim).abs() * weight).mean(1).sum((1, 2))
-        wanted = wanted + (image.diff(dim=dim).abs() * weight).mean(1).sum((1, 2))
-        pairs = pairs + weight.sum((1, 2, 3))
-    least = 0.02 * pairs.clamp_min(1)    # flat originals would ask for much
-    return ((mine - wanted) / torch.maximum(wanted, least)).square()
+        pairs = chosen(hole.narrow(dim, 0, size), hole.narrow(dim, 1, size))                      # (B, 1, H, W) less a row
+        steps = images.diff(dim=dim).abs().mean(dim=1, keepdim=True)                              # like pairs
+        total = total + (steps * pairs).sum(dim=(1, 2, 3))
+        count = count + pairs.sum(dim=(1, 2, 3))
+    return total, count
 
 
 def _read_features(path: Path, features: nn.Module) -> dict[str, Tensor]:
