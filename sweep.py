@@ -45,6 +45,8 @@ from utils import UserError
 
 HERE = Path(__file__).resolve().parent
 PAIRED = ("psnr", "ssim", "l1", "hole_psnr", "hole_ssim", "hole_l1", "hole_perceptual", "known_changed")
+RIM = ("rim_gradient", "rim_gradient_truth")    # their ratio is the seam
+SHOWN = ("hole_psnr", "hole_ssim", "hole_perceptual", "seam")    # beside the two distances, in results.md
 KEY = ("decoder", "mask_func", "total_iter", "sweet_spot", "temperature", "choice_temperature", "seed")
 # What a decoder does not use is left blank in the results, and not varied.
 UNUSED = {"maskgit": (), "halton": ("choice_temperature",), "reference": ("temperature",)}
@@ -97,8 +99,12 @@ class Judge:
 
     @property
     def columns(self) -> list[str]:
-        paired = [name for name in PAIRED if name != "hole_perceptual" or self.perceptual]
-        return [self.network.frechet_name, self.network.kernel_name, *paired]
+        return [self.network.frechet_name, self.network.kernel_name, *self.paired, "seam"]
+
+    @property
+    def paired(self) -> list[str]:
+        """Columns that are one number for each picture."""
+        return [name for name in PAIRED if name != "hole_perceptual" or self.perceptual]
 
 
 # ---- arguments ----
@@ -271,7 +277,7 @@ def measure(done: Tensor, pictures: Pictures, batch: slice, judge: Judge) -> dic
     """Features (B, D) and paired metrics (B,) of completed pictures."""
     rows = [judge.network.network(x.float() / 255).cpu().float() for x in done.split(judge.network.batch_size)]
     paired = batch_metrics(done, pictures.truth[batch], pictures.holes[batch], judge.perceptual)
-    return {"features": torch.cat(rows)} | {name: paired[name].double().cpu() for name in judge.columns[2:]}
+    return {"features": torch.cat(rows)} | {name: paired[name].double().cpu() for name in (*judge.paired, *RIM)}
 
 
 def summarise(measured: dict[str, Tensor], judge: Judge) -> dict[str, str]:
@@ -282,9 +288,11 @@ def summarise(measured: dict[str, Tensor], judge: Judge) -> dict[str, str]:
         judge.network.frechet_name: frechet_distance(judge.truth.moments, Moments.of_features(features)),
         judge.network.kernel_name: kernel_distance(judge.truth.features, features)["mean"] if enough else math.nan,
     }
-    for name in judge.columns[2:]:
+    for name in judge.paired:
         values = measured[name]                                                                 # (M,)
         scores[name] = values.sum().item() if name == "known_changed" else values.nanmean().item()
+    rim, rim_truth = (measured[name].nanmean() for name in RIM)
+    scores["seam"] = (rim / rim_truth).item()
     return {name: f"{value:.6g}" for name, value in scores.items()}
 
 
@@ -382,7 +390,7 @@ def best(rows: list[dict[str, str]], judge: Judge, count: int = 10) -> list[str]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    scores = [name for name in judge.columns if name in (*judge.columns[:2], "hole_psnr", "hole_ssim", "hole_perceptual")]
+    scores = [*judge.columns[:2], *(name for name in judge.columns if name in SHOWN)]
     ranked = sorted(groups.items(), key=lambda item: figures.mean_and_spread(item[1], scores[0])[0])[:count]
     lines = [f"| {' | '.join([*names, 'seeds', *scores])} |", "|---" * (len(names) + 1 + len(scores)) + "|"]
     for group, members in ranked:

@@ -16,7 +16,7 @@ import figures
 import inpainting
 import sweep
 from features import Features
-from metrics import frechet_distance, paired_metrics
+from metrics import frechet_distance, paired_metrics, summarise
 from models import MaskGIT
 from models.transformer import BidirectionalTransformer
 from utils import UserError
@@ -123,6 +123,7 @@ def test_scores_are_those_of_the_pictures_that_inpainting_writes(folder, tmp_pat
     for name in ("psnr", "hole_psnr", "ssim", "hole_l1"):
         assert float(row[name]) == pytest.approx(columns[name].mean().item(), rel=1e-4)
     assert row["known_changed"] == "0"
+    assert float(row["seam"]) == pytest.approx(summarise(columns)["seam"], rel=1e-4)
 
 
 def test_the_whole_decode_is_scored_without_paste(folder, tmp_path):
