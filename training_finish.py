@@ -6,14 +6,15 @@
 
 Encoder, codebook and transformer stand still; the decoder and its discriminator go on from stage 1 (`--vqgan`). A quarter of
 every batch keeps its true tokens and the losses of stage 1, so that the decoder forgets nothing; the others get their holes'
-tokens from the transformer in a few rounds, and it learns to make them look real (adversarial, feature matching) and to join
-the known pixels. From here on it also sees the transformer's features of the known part. The finished model, all parts in
-one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is finished further, with a new discriminator.
+tokens from the transformer in a few rounds, and it learns to make them look like the originals: to an ImageNet network, in
+sharpness, to the discriminator. From here on it also sees the transformer's features of the known part. The finished model,
+all parts in one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is finished further, with a new
+discriminator.
 """
 
 import argparse
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from models.discriminator import PatchDiscriminator, feature_matching, hinge_los
 from models.maskgit import Known, MaskGIT
 from models.perceptual import (
     PerceptualFeatures,
+    check_scales,
     laplacian_distance,
     perceptual_distance,
     steepness_gap,
@@ -58,15 +60,16 @@ class FinishConfig:
     plain_share: float = 0.1            # share of the true-token pictures of which nothing is known, for generate.py
     l1: float = 1.0                     # loss weights, true tokens
     laplacian: float = 1.0
-    perceptual: float = 1.0
+    perceptual: float = 2.0
     sampled_l1: float = 0.5             # loss weights, sampled tokens: the truth is one answer of many
-    sampled_perceptual: float = 2.0
-    adversarial: float = 0.1            # both
-    feature_matching: float = 1.0
-    steepness: float = 2.0
+    sampled_perceptual: float = 6.0
+    adversarial: float = 0.03           # both
+    feature_matching: float = 0.0
+    steepness: float = 12.0
     discriminator_channels: int = 64    # as in stage 1
     discriminator_strided: int = 2
     perceptual_network: str = "squeezenet1_1"
+    perceptual_scales: list[int] = field(default_factory=lambda: [1, 2])    # enlargements that the network looks at
     log_every: int = 50
     save_every: int = 200
     val_pictures: int = 256
@@ -85,6 +88,7 @@ class FinishConfig:
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         if self.learning_rate <= 0 or self.discriminator_rate <= 0 or self.grad_clip <= 0:
             raise ValueError("learning_rate, discriminator_rate and grad_clip must be above 0")
+        check_scales(self.perceptual_scales)
 
     @property
     def true_pictures(self) -> int:
@@ -307,7 +311,7 @@ def with_context(model: MaskGIT) -> MaskGIT:
 
 def load_features(config: FinishConfig, weights: str | None) -> PerceptualFeatures:
     try:
-        return PerceptualFeatures(config.perceptual_network, weights)
+        return PerceptualFeatures(config.perceptual_network, weights, config.perceptual_scales)
     except (OSError, ValueError) as error:
         raise utils.UserError(f"no perceptual weights ({error}); give them with --perceptual-weights FILE") from error
 

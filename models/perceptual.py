@@ -1,6 +1,6 @@
 """Perceptual distance on SqueezeNet or VGG16 features (Johnson et al. 2016; Zhang et al. 2018, LPIPS, section 3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,15 +18,20 @@ class PerceptualFeatures(nn.Module):
         network: 'squeezenet1_1' or 'vgg16'.
         weights: a safetensors or .pth file with the network's `features` in torchvision's names ('0.weight' or
             'features.0.weight'); None lets torchvision download its own.
+        scales: how often to look, each time with the image so many times as large. The network knows pictures of 224 pixels;
+            in one of 64 its deep layers see little but the whole.
     Raises:
-        ValueError: unknown network, or a file that doesn't fit.
+        ValueError: unknown network, scales below 1, or a file that doesn't fit.
         OSError: no file given, and the download failed.
     """
 
-    def __init__(self, network: str = "squeezenet1_1", weights: str | Path | None = None) -> None:
+    def __init__(
+        self, network: str = "squeezenet1_1", weights: str | Path | None = None, scales: Sequence[int] = (1,)
+    ) -> None:
         super().__init__()
         if network not in TAPS:
             raise ValueError(f"unknown perceptual network {network!r}; expected one of {', '.join(TAPS)}")
+        check_scales(scales)
         import torchvision
 
         build = getattr(torchvision.models, network)
@@ -35,20 +40,31 @@ class PerceptualFeatures(nn.Module):
         else:
             features = build(weights=None).features
             features.load_state_dict(_read_features(Path(weights), features))
-        self.taps = TAPS[network]
+        self.taps, self.scales = TAPS[network], tuple(scales)
         self.layers = features[: self.taps[-1] + 1].eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """image: (B, 3, H, W) in [-1, 1].  Returns feature maps (B, C, h, w), each position scaled to unit length."""
-        x = ((image + 1) / 2 - self.mean) / self.std
+        x = ((image + 1) / 2 - self.mean) / self.std                               # (B, 3, H, W)
+        out: list[Tensor] = []
+        for scale in self.scales:
+            out += self._at(x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear"))
+        return out
+
+    def _at(self, x: Tensor) -> list[Tensor]:
         out = []
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i in self.taps:
                 out.append(F.normalize(x.float(), dim=1, eps=1e-6))
         return out
+
+
+def check_scales(scales: Sequence[int]) -> None:
+    if not scales or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in scales):
+        raise ValueError(f"perceptual scales must be whole numbers, 1 or more, at least one of them, got {list(scales)}")
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor], weight: Tensor | None = None) -> Tensor:

@@ -48,6 +48,19 @@ def test_features_are_torchvisions_scaled_to_unit_length(features, network):
         torch.testing.assert_close(feature, expected / expected.norm(dim=1, keepdim=True).clamp_min(1e-6))
 
 
+@torch.no_grad()
+def test_every_scale_sees_the_picture_so_many_times_as_large(features, weights):
+    image, both = pictures(), PerceptualFeatures("squeezenet1_1", weights, [1, 2])
+    expected = features(image) + features(F.interpolate(image, scale_factor=2, mode="bilinear"))
+    torch.testing.assert_close(both(image), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scales", [[], [0], [1, 1.5], [True]])
+def test_scales_that_make_no_sense_are_refused(weights, scales):
+    with pytest.raises(ValueError, match="perceptual scales must be whole numbers, 1 or more, at least one of them, got"):
+        PerceptualFeatures("squeezenet1_1", weights, scales)
+
+
 def test_frozen_yet_the_picture_gets_a_gradient(features):
     assert not any(p.requires_grad for p in features.parameters()) and not features.layers.training
     image = pictures().requires_grad_()
