@@ -64,7 +64,7 @@ class PerceptualFeatures(nn.Module):
 
 def check_scales(scales: Sequence[int]) -> None:
     if not scales or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in scales):
-        raise ValueError(f"perceptual scales must be whole numbers, 1 or more, at least one of them, got {list(scales)}")
+        raise ValueError(f"perceptual_scales must be whole numbers, 1 or more, at least one of them, got {list(scales)}")
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor], weight: Tensor | None = None) -> Tensor:

@@ -57,7 +57,7 @@ def test_every_scale_sees_the_picture_so_many_times_as_large(features, weights):
 
 @pytest.mark.parametrize("scales", [[], [0], [1, 1.5], [True]])
 def test_scales_that_make_no_sense_are_refused(weights, scales):
-    with pytest.raises(ValueError, match="perceptual scales must be whole numbers, 1 or more, at least one of them, got"):
+    with pytest.raises(ValueError, match="perceptual_scales must be whole numbers, 1 or more, at least one of them, got"):
         PerceptualFeatures("squeezenet1_1", weights, scales)
 
 
