@@ -26,6 +26,7 @@ from utils import UserError
 # Edges of the hole-area bins, as shares of the picture: fine where inpainting holes usually are.
 HOLE_BINS = (0.0, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60, 1.0)
 PAIRED = ("psnr", "ssim", "l1", "perceptual")
+RIM = ("rim_gradient", "rim_gradient_truth")    # their means' ratio is the seam
 SSIM_WINDOW = 11   # pixels: torchmetrics' Gaussian of sigma 1.5, the usual setting
 
 # Two batches (B, 3, H, W) in [-1, 1] and where to look (B, 1, H, W) or None -> (B,)
@@ -221,9 +222,6 @@ def check_pairs(pred: Tensor, truth: Tensor, masks: Tensor) -> None:
 def summarise(columns: dict[str, Tensor]) -> dict:
     """Means of paired_metrics' columns: whole, hole only, by hole area, the share of known pixels changed, and the seam.
 
-    The seam is the ratio of the mean gradients across the rim, completed to original: 1 when nothing shows, above 1 for an
-    edge along the rim, below 1 for a blurred one.
-
     Means are over pictures (the mean of PSNRs, not the PSNR of the mean error); a picture without a hole has no part
     in the hole's.
     """
@@ -232,7 +230,6 @@ def summarise(columns: dict[str, Tensor]) -> dict:
     chosen = [(low, high, (area > low) & (area <= high)) for low, high in edges]
     known = columns["known_pixels"].sum().item()
     changed = columns["known_changed"]
-    rim, rim_truth = columns["rim_gradient"].nanmean(), columns["rim_gradient_truth"].nanmean()
     return {
         "n": len(area),
         "hole_area": area.mean().item(),
@@ -245,10 +242,18 @@ def summarise(columns: dict[str, Tensor]) -> dict:
         ],
         "known_pixels_changed": changed.sum().item() / known if known else math.nan,
         "pictures_with_known_pixels_changed": int((changed > 0).sum()),
-        "rim_gradient": rim.item(),
-        "rim_gradient_truth": rim_truth.item(),
-        "seam": (rim / rim_truth).item(),    # tensors: nan or inf, not an error, where the originals are flat
+        **{name: columns[name].nanmean().item() for name in RIM},
+        "seam": seam(columns),
     }
+
+
+def seam(columns: dict[str, Tensor]) -> float:
+    """Ratio of the mean gradients across the rim, completed to original, of paired_metrics' columns.
+
+    1 when nothing shows, above 1 for an edge along the rim, below 1 for a blurred one.
+    """
+    rim, rim_truth = (columns[name].nanmean() for name in RIM)
+    return (rim / rim_truth).item()    # tensors: nan or inf, not an error, where the originals are flat
 
 
 def means(columns: dict[str, Tensor], prefix: str, rows: Tensor | None = None) -> dict[str, float]:

@@ -35,7 +35,7 @@ import data
 import figures
 import utils
 from features import Features, Statistics, file_sha256, load_features
-from metrics import Moments, Perceptual, batch_metrics, frechet_distance, kernel_distance, load_perceptual
+from metrics import RIM, Moments, Perceptual, batch_metrics, frechet_distance, kernel_distance, load_perceptual, seam
 from models import MaskGIT
 from models.decoding import DECODERS, Round
 from models.maskgit import pixel_to_token_mask
@@ -45,7 +45,6 @@ from utils import UserError
 
 HERE = Path(__file__).resolve().parent
 PAIRED = ("psnr", "ssim", "l1", "hole_psnr", "hole_ssim", "hole_l1", "hole_perceptual", "known_changed")
-RIM = ("rim_gradient", "rim_gradient_truth")    # their ratio is the seam
 SHOWN = ("hole_psnr", "hole_ssim", "hole_perceptual", "seam")    # beside the two distances, in results.md
 KEY = ("decoder", "mask_func", "total_iter", "sweet_spot", "temperature", "choice_temperature", "seed")
 # What a decoder does not use is left blank in the results, and not varied.
@@ -291,8 +290,7 @@ def summarise(measured: dict[str, Tensor], judge: Judge) -> dict[str, str]:
     for name in judge.paired:
         values = measured[name]                                                                 # (M,)
         scores[name] = values.sum().item() if name == "known_changed" else values.nanmean().item()
-    rim, rim_truth = (measured[name].nanmean() for name in RIM)
-    scores["seam"] = (rim / rim_truth).item()
+    scores["seam"] = seam(measured)
     return {name: f"{value:.6g}" for name, value in scores.items()}
 
 
