@@ -6,10 +6,10 @@
 
 Encoder, codebook and transformer stand still; the decoder and its discriminator go on from stage 1 (`--vqgan`). A quarter of
 every batch keeps its true tokens and the losses of stage 1, so that the decoder forgets nothing; the others get their holes'
-tokens from the transformer in a few rounds, and it learns to make them look like the originals: to an ImageNet network, in
-sharpness, to the discriminator. From here on it also sees the transformer's features of the known part. The finished model,
-all parts in one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is finished further, with a new
-discriminator.
+tokens from the transformer in a few rounds, and it learns to make them look like the originals: to an ImageNet network, on
+the hole's rim, to the discriminator. From here on it also sees the transformer's features of the known part. The finished
+model, all parts in one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is finished further, with a
+new discriminator.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from models.perceptual import (
     check_scales,
     laplacian_distance,
     perceptual_distance,
-    steepness_gap,
+    seam_gap,
     weighted_mean,
 )
 
@@ -65,7 +65,7 @@ class FinishConfig:
     sampled_perceptual: float = 6.0
     adversarial: float = 0.03           # both
     feature_matching: float = 0.0
-    steepness: float = 12.0
+    seam: float = 2.0                   # mean step across the hole's rim
     discriminator_channels: int = 64    # as in stage 1
     discriminator_strided: int = 2
     perceptual_network: str = "squeezenet1_1"
@@ -170,7 +170,7 @@ def generator_terms(
         "sampled_perceptual": c.sampled_perceptual * distance[true:].mean(),
         "adversarial": -c.adversarial * mean_score(score.float(), mask),
         "feature_matching": c.feature_matching * feature_matching(fake, real),
-        "steepness": c.steepness * steepness_gap(pasted, image, mask).mean(),
+        "seam": c.seam * seam_gap(pasted, image, mask).mean(),
     }
     return terms, pasted
 

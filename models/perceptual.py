@@ -10,6 +10,8 @@ from torch import Tensor, nn
 # Layers whose outputs are compared: the ends of the resolutions and of the fire modules, as LPIPS has them.
 TAPS = {"squeezenet1_1": (1, 4, 7, 9, 10, 11, 12), "vgg16": (3, 8, 15, 22, 29)}
 
+TYPICAL_STEP = 0.11    # mean difference of two neighbouring pixels of a cat face, in [-1, 1]
+
 
 class PerceptualFeatures(nn.Module):
     """Frozen ImageNet features of an image at several depths.
@@ -111,22 +113,23 @@ def laplacian_distance(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
     return total + difference.abs().mean() / 2**levels
 
 
-def steepness_gap(output: Tensor, image: Tensor, hole: Tensor) -> Tensor:
-    """How far the hole's mean gradient lies from the original's: 0 = alike, 0.01 = 10 % too flat or too steep.
+def seam_gap(output: Tensor, image: Tensor, hole: Tensor) -> Tensor:
+    """How far the mean step across the hole's rim lies from the original's: 0 = alike, 1 = `TYPICAL_STEP` too flat or steep.
 
-    A likely completion is the mean of many, so it is smoother than any of them; distances to the original like it so. Only a
-    mean is compared here: it asks for as much detail as there was, wherever (compare the gradient variance of Abrahamyan et
-    al. 2022, https://arxiv.org/abs/2202.00997).
+    A likely completion is the mean of many, so it is smoother than any of them: distances to the original like it so, and
+    its rim is blurred. Only a mean is compared here, wherever its steps are (compare the gradient variance of Abrahamyan et
+    al. 2022, https://arxiv.org/abs/2202.00997). The difference is not divided by the picture's own steps: flat pictures
+    would weigh most, and the best guess for a picture that may be flat or steep would lie below the mean of both.
 
     Args:
         output, image: (B, 3, H, W) in [-1, 1], alike outside the hole.
-        hole: (B, 1, H, W), 1 = hole. Two neighbouring pixels count if one of them lies in it.
+        hole: (B, 1, H, W), 1 = hole. Two neighbouring pixels count if one of them lies in it and the other does not.
     Returns:
-        (B,) squared relative differences.
+        (B,) squared differences; 0 where there is no rim.
     """
-    sums = (neighbour_steps(x, hole, torch.maximum) for x in (output, image))
+    sums = (neighbour_steps(x, hole, torch.ne) for x in (output, image))
     mine, wanted = (total / count.clamp_min(1) for total, count in sums)                          # (B,), (B,)
-    return ((mine - wanted) / wanted.clamp_min(0.02)).square()    # flat originals would ask for much
+    return ((mine - wanted) / TYPICAL_STEP).square()
 
 
 def neighbour_steps(
