@@ -254,7 +254,7 @@ def test_a_phone_s_width_is_enough(visit):
 
 def test_touch_paints(visit):
     seen = visit(390, 844, has_touch=True, is_mobile=True)
-    box = seen.page.locator("#editor canvas").first.bounding_box()
+    box, _ = seen.settled(seen.page.locator("#editor canvas").first)
     seen.page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     seen.page.wait_for_selector("#editor [aria-label='Undo']:not([disabled])")
     assert "completions" in seen.complete(seed=81)
