@@ -1,6 +1,6 @@
 """Perceptual distance on SqueezeNet or VGG16 features (Johnson et al. 2016; Zhang et al. 2018, LPIPS, section 3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -123,31 +123,30 @@ def seam_gap(output: Tensor, image: Tensor, hole: Tensor) -> Tensor:
 
     Args:
         output, image: (B, 3, H, W) in [-1, 1], alike outside the hole.
-        hole: (B, 1, H, W), 1 = hole. Two neighbouring pixels count if one of them lies in it and the other does not.
+        hole: (B, 1, H, W), 1 = hole.
     Returns:
         (B,) squared differences; 0 where there is no rim.
     """
-    sums = (neighbour_steps(x, hole, torch.ne) for x in (output, image))
+    sums = (rim_steps(x, hole) for x in (output, image))
     mine, wanted = (total / count.clamp_min(1) for total, count in sums)                          # (B,), (B,)
     return ((mine - wanted) / TYPICAL_STEP).square()
 
 
-def neighbour_steps(
-    images: Tensor, hole: Tensor, chosen: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Sum over some pairs of neighbouring pixels, left and right or above and below, of their mean absolute difference.
+def rim_steps(images: Tensor, hole: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the mean absolute differences across the rim of a hole.
+
+    Counted are neighbouring pixels, left and right or above and below, of which exactly one lies in the hole.
 
     Args:
         images: (B, 3, H, W).
-        hole: (B, 1, H, W).
-        chosen: from the hole at a pair's two pixels, whether it counts, as 0 or 1: torch.ne, torch.maximum.
+        hole: (B, 1, H, W), 1 or True = hole.
     Returns:
         (B,) sums and (B,) numbers of pairs.
     """
     total = count = torch.zeros(len(images), device=images.device)
     for dim in (2, 3):
         size = hole.shape[dim] - 1
-        pairs = chosen(hole.narrow(dim, 0, size), hole.narrow(dim, 1, size))                      # (B, 1, H, W) less a row
+        pairs = hole.narrow(dim, 0, size) != hole.narrow(dim, 1, size)                            # (B, 1, H, W) less a row
         steps = images.diff(dim=dim).abs().mean(dim=1, keepdim=True)                              # like pairs
         total = total + (steps * pairs).sum(dim=(1, 2, 3))
         count = count + pairs.sum(dim=(1, 2, 3))
