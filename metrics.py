@@ -20,7 +20,7 @@ from torchmetrics.functional.regression import mean_absolute_error
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from models.perceptual import PerceptualFeatures, perceptual_distance, rim_steps
+from models.perceptual import PerceptualFeatures, neighbour_steps, perceptual_distance
 from utils import UserError
 
 # Edges of the hole-area bins, as shares of the picture: fine where inpainting holes usually are.
@@ -201,7 +201,7 @@ def rim_gradient(images: Tensor, masks: Tensor) -> Tensor:
     Returns:
         (B,), on the images' scale; nan for a picture without a rim.
     """
-    total, count = rim_steps(images, masks)
+    total, count = neighbour_steps(images, masks, torch.ne)
     return total / count    # 0 / 0 = nan
 
 

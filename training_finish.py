@@ -6,10 +6,10 @@
 
 Encoder, codebook and transformer stand still; the decoder and its discriminator go on from stage 1 (`--vqgan`). A quarter of
 every batch keeps its true tokens and the losses of stage 1, so that the decoder forgets nothing; the others get their holes'
-tokens from the transformer in a few rounds, and it learns to make them look like the originals: to an ImageNet network, on
-the hole's rim, to the discriminator. From here on it also sees the transformer's features of the known part. The finished
-model, all parts in one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is finished further, with a
-new discriminator.
+tokens from the transformer in a few rounds, and it learns to make them look like the originals: to an ImageNet network, as
+sharp on the hole's rim and inside it, real to the discriminator. From here on it also sees the transformer's features of the
+known part. The finished model, all parts in one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is
+finished further, with a new discriminator.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from models.maskgit import Known, MaskGIT
 from models.perceptual import (
     PerceptualFeatures,
     check_scales,
+    detail_gap,
     laplacian_distance,
     perceptual_distance,
     seam_gap,
@@ -66,6 +67,7 @@ class FinishConfig:
     adversarial: float = 0.03           # both
     feature_matching: float = 0.0
     seam: float = 2.0                   # mean step across the hole's rim
+    detail: float = 4.0                 # mean step inside the hole
     discriminator_channels: int = 64    # as in stage 1
     discriminator_strided: int = 2
     perceptual_network: str = "squeezenet1_1"
@@ -171,6 +173,7 @@ def generator_terms(
         "adversarial": -c.adversarial * mean_score(score.float(), mask),
         "feature_matching": c.feature_matching * feature_matching(fake, real),
         "seam": c.seam * seam_gap(pasted, image, mask).mean(),
+        "detail": c.detail * detail_gap(pasted, image, mask).mean(),
     }
     return terms, pasted
 

@@ -1,6 +1,6 @@
 """Perceptual distance on SqueezeNet or VGG16 features (Johnson et al. 2016; Zhang et al. 2018, LPIPS, section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -127,26 +127,39 @@ def seam_gap(output: Tensor, image: Tensor, hole: Tensor) -> Tensor:
     Returns:
         (B,) squared differences; 0 where there is no rim.
     """
-    sums = (rim_steps(x, hole) for x in (output, image))
+    return _mean_step_gap(output, image, hole, torch.ne)
+
+
+def detail_gap(output: Tensor, image: Tensor, hole: Tensor) -> Tensor:
+    """`seam_gap` of the steps inside the hole: 0 = as much detail as the original has, or a hole of single pixels.
+
+    A term of its own: with rim and inside in one mean, a sharp inside would pay for a blurred rim.
+    """
+    return _mean_step_gap(output, image, hole, torch.logical_and)
+
+
+def _mean_step_gap(output: Tensor, image: Tensor, hole: Tensor, chosen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    sums = (neighbour_steps(x, hole, chosen) for x in (output, image))
     mine, wanted = (total / count.clamp_min(1) for total, count in sums)                          # (B,), (B,)
     return ((mine - wanted) / TYPICAL_STEP).square()
 
 
-def rim_steps(images: Tensor, hole: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the mean absolute differences across the rim of a hole.
-
-    Counted are neighbouring pixels, left and right or above and below, of which exactly one lies in the hole.
+def neighbour_steps(
+    images: Tensor, hole: Tensor, chosen: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Sum over some pairs of neighbouring pixels, left and right or above and below, of their mean absolute difference.
 
     Args:
         images: (B, 3, H, W).
         hole: (B, 1, H, W), 1 or True = hole.
+        chosen: from the hole at a pair's two pixels, whether it counts: torch.ne is the rim, torch.logical_and the inside.
     Returns:
         (B,) sums and (B,) numbers of pairs.
     """
     total = count = torch.zeros(len(images), device=images.device)
     for dim in (2, 3):
         size = hole.shape[dim] - 1
-        pairs = hole.narrow(dim, 0, size) != hole.narrow(dim, 1, size)                            # (B, 1, H, W) less a row
+        pairs = chosen(hole.narrow(dim, 0, size), hole.narrow(dim, 1, size))                      # (B, 1, H, W) less a row
         steps = images.diff(dim=dim).abs().mean(dim=1, keepdim=True)                              # like pairs
         total = total + (steps * pairs).sum(dim=(1, 2, 3))
         count = count + pairs.sum(dim=(1, 2, 3))

@@ -10,7 +10,15 @@ import torchvision
 from safetensors.torch import save_file
 
 import data
-from models.perceptual import TAPS, TYPICAL_STEP, PerceptualFeatures, laplacian_distance, perceptual_distance, seam_gap
+from models.perceptual import (
+    TAPS,
+    TYPICAL_STEP,
+    PerceptualFeatures,
+    detail_gap,
+    laplacian_distance,
+    perceptual_distance,
+    seam_gap,
+)
 
 
 @pytest.fixture(scope="module")
@@ -286,5 +294,31 @@ def test_the_seam_gap_without_a_rim_is_zero():
     holes = torch.stack([torch.ones(1, 6, 6), torch.zeros(1, 6, 6)])
     output = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     gap = seam_gap(output, torch.zeros(2, 3, 6, 6), holes)
+    gap.sum().backward()
+    assert gap.tolist() == [0, 0] and output.grad.abs().max() == 0
+
+
+def test_the_detail_gap_looks_inside_the_hole_alone():
+    hole, image = frame(8, 4), torch.zeros(1, 3, 8, 8)
+    output = image + 0.5 * hole            # 16 steep steps on the rim, none inside
+    output[..., 0, 0] = 1.0                # outside
+    assert detail_gap(output, image, hole).item() == 0
+    output[..., 3, 3] = 1.0                # inside: 4 of 24 steps, each of 0.5
+    assert detail_gap(output, image, hole).item() == pytest.approx((4 * 0.5 / 24 / TYPICAL_STEP) ** 2, rel=1e-5)
+
+
+def test_the_detail_gap_compares_means_wherever_their_steps_are():
+    hole, image = frame(8, 4), torch.zeros(1, 3, 8, 8)
+    image[..., 2:6, 2:4] = 0.4             # an upright edge in the hole ...
+    output = image.mT                      # ... and one that lies
+    assert detail_gap(output, image, hole).item() == pytest.approx(0.0, abs=1e-9)
+    assert detail_gap(0.5 * output, image, hole).item() == pytest.approx((4 * 0.2 / 24 / TYPICAL_STEP) ** 2, rel=1e-5)
+
+
+def test_a_hole_of_single_pixels_has_no_inside():
+    holes = torch.zeros(2, 1, 6, 6)
+    holes[0, 0, ::2, ::2] = 1
+    output = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    gap = detail_gap(output, torch.zeros(2, 3, 6, 6), holes)
     gap.sum().backward()
     assert gap.tolist() == [0, 0] and output.grad.abs().max() == 0
