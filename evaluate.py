@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 from features import Features, Statistics, load_features
-from metrics import RIM, Perceptual, frechet_distance, kernel_distance, load_perceptual, paired_metrics, summarise
+from metrics import INSIDE, RIM, Perceptual, frechet_distance, kernel_distance, load_perceptual, paired_metrics, summarise
 from utils import Parser, UserError, atomic_write, pick_device, run_cli, writable_folder
 
 PACKAGES = ("torch", "torchvision", "numpy", "torchmetrics", "pytorch-fid", "onnxruntime", "pillow")
@@ -251,8 +251,9 @@ def table(report: dict) -> str:
         share, pictures = paired["known_pixels_changed"], paired["pictures_with_known_pixels_changed"]
         lines.append(f"hole: {paired['hole_area']:.1%} of the picture on average")
         lines.append(f"known pixels changed: {share:.4%}, in {pictures} of {paired['n']} pictures")
-        ours, truth = (f"{paired[key]:.4f}" for key in RIM)
-        lines.append(f"seam: {paired['seam']:.3f} (gradient across the hole's rim {ours}, of the originals {truth})")
+        for name, where, keys in (("seam", "across the hole's rim", RIM), ("detail", "inside the hole", INSIDE)):
+            ours, truth = (f"{paired[key]:.4f}" for key in keys)
+            lines.append(f"{name}: {paired[name]:.3f} (gradient {where} {ours}, of the originals {truth})")
     return "\n".join(lines + [f"note: {note}" for note in report["notes"]])
 
 

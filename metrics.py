@@ -26,7 +26,8 @@ from utils import UserError
 # Edges of the hole-area bins, as shares of the picture: fine where inpainting holes usually are.
 HOLE_BINS = (0.0, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60, 1.0)
 PAIRED = ("psnr", "ssim", "l1", "perceptual")
-RIM = ("rim_gradient", "rim_gradient_truth")    # their means' ratio is the seam
+RIM = ("rim_gradient", "rim_gradient_truth")             # their means' ratio is the seam
+INSIDE = ("inside_gradient", "inside_gradient_truth")    # and of these the detail
 SSIM_WINDOW = 11   # pixels: torchmetrics' Gaussian of sigma 1.5, the usual setting
 
 # Two batches (B, 3, H, W) in [-1, 1] and where to look (B, 1, H, W) or None -> (B,)
@@ -142,8 +143,8 @@ def paired_metrics(
     Returns:
         columns of N numbers: psnr (dB), ssim, l1 (on a scale of 0 to 1), perceptual; each also as hole_... over the
         hole alone (nan for a picture without a hole); hole_area (share of the picture); known_pixels and
-        known_changed (counts, a pixel counts once however many of its channels differ); rim_gradient and
-        rim_gradient_truth (see rim_gradient), of the completed picture and of the original.
+        known_changed (counts, a pixel counts once however many of its channels differ); rim_gradient and inside_gradient
+        (see there), of the completed picture, and with _truth behind the name of the original.
     """
     check_pairs(pred, truth, masks)
     columns: dict[str, list[Tensor]] = {}
@@ -175,6 +176,8 @@ def batch_metrics(pred: Tensor, truth: Tensor, masks: Tensor, perceptual: Percep
         "known_changed": changed,
         "rim_gradient": rim_gradient(a, masks),
         "rim_gradient_truth": rim_gradient(b, masks),
+        "inside_gradient": inside_gradient(a, masks),
+        "inside_gradient_truth": inside_gradient(b, masks),
     }
     if perceptual is not None:
         columns["perceptual"] = perceptual(2 * a - 1, 2 * b - 1, None)
@@ -205,6 +208,12 @@ def rim_gradient(images: Tensor, masks: Tensor) -> Tensor:
     return total / count    # 0 / 0 = nan
 
 
+def inside_gradient(images: Tensor, masks: Tensor) -> Tensor:
+    """`rim_gradient` of the neighbours that both lie in the hole: how much detail there is; nan for single pixels."""
+    total, count = neighbour_steps(images, masks, torch.logical_and)
+    return total / count
+
+
 def check_pairs(pred: Tensor, truth: Tensor, masks: Tensor) -> None:
     """Refuse tensors that are not N uint8 RGB pictures, N originals and N masks of one size."""
     if not (pred.dtype == truth.dtype == torch.uint8 and masks.dtype == torch.bool):
@@ -220,7 +229,7 @@ def check_pairs(pred: Tensor, truth: Tensor, masks: Tensor) -> None:
 
 
 def summarise(columns: dict[str, Tensor]) -> dict:
-    """Means of paired_metrics' columns: whole, hole only, by hole area, the share of known pixels changed, and the seam.
+    """Means of paired_metrics' columns: whole, hole only, by hole area, share of known pixels changed, seam and detail.
 
     Means are over pictures (the mean of PSNRs, not the PSNR of the mean error); a picture without a hole has no part
     in the hole's.
@@ -242,8 +251,9 @@ def summarise(columns: dict[str, Tensor]) -> dict:
         ],
         "known_pixels_changed": changed.sum().item() / known if known else math.nan,
         "pictures_with_known_pixels_changed": int((changed > 0).sum()),
-        **{name: columns[name].nanmean().item() for name in RIM},
+        **{name: columns[name].nanmean().item() for name in (*RIM, *INSIDE)},
         "seam": seam(columns),
+        "detail": detail(columns),
     }
 
 
@@ -252,8 +262,17 @@ def seam(columns: dict[str, Tensor]) -> float:
 
     1 when nothing shows, above 1 for an edge along the rim, below 1 for a blurred one.
     """
-    rim, rim_truth = (columns[name].nanmean() for name in RIM)
-    return (rim / rim_truth).item()    # tensors: nan or inf, not an error, where the originals are flat
+    return _ratio(columns, RIM)
+
+
+def detail(columns: dict[str, Tensor]) -> float:
+    """Ratio of the mean gradients inside the hole: 1 when it is as sharp as the originals, below 1 for a blurred one."""
+    return _ratio(columns, INSIDE)
+
+
+def _ratio(columns: dict[str, Tensor], names: tuple[str, str]) -> float:
+    mine, truth = (columns[name].nanmean() for name in names)
+    return (mine / truth).item()    # tensors: nan or inf, not an error, where the originals are flat
 
 
 def means(columns: dict[str, Tensor], prefix: str, rows: Tensor | None = None) -> dict[str, float]:

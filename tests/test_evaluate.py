@@ -21,6 +21,7 @@ from metrics import (
     HOLE_BINS,
     Moments,
     frechet_distance,
+    inside_gradient,
     kernel_distance,
     load_perceptual,
     paired_metrics,
@@ -230,6 +231,28 @@ def test_rim_gradient_equals_its_definition_pixel_by_pixel():
         if v < 12 and u < 12 and mask[y, x] != mask[v, u]
     ]
     assert rim_gradient(image[None], mask[None, None]).item() == pytest.approx(sum(steps) / len(steps), rel=1e-5)
+
+
+def test_inside_gradient_counts_pairs_inside_the_hole_alone():
+    image, mask = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 2:6, 2:6] = True
+    image[..., 2:6, 2:6] = 0.5                  # steep on the rim, flat inside
+    assert inside_gradient(image, mask).item() == 0
+    image[..., 2:6, 4:6] = 0.8                  # 4 of 24 steps of 0.3
+    assert inside_gradient(image, mask).item() == pytest.approx(4 * 0.3 / 24, rel=1e-5)
+    mask = torch.zeros_like(mask)
+    mask[..., ::2, ::2] = True
+    assert inside_gradient(image, mask).isnan().all()
+
+
+def test_detail_is_the_ratio_of_the_mean_gradients_inside():
+    ramp = (torch.arange(SIDE) * 8).to(torch.uint8).expand(2, 3, SIDE, SIDE)
+    masks = torch.zeros(2, 1, SIDE, SIDE, dtype=torch.bool)
+    masks[..., 4:8] = True
+    lifted, half = torch.where(masks, ramp + 64, ramp), torch.where(masks, ramp // 2, ramp)
+    assert summarise(paired_metrics(lifted, ramp, masks))["detail"] == pytest.approx(1)    # the rim is the seam's
+    assert summarise(paired_metrics(half, ramp, masks))["detail"] == pytest.approx(0.5)
+    assert math.isnan(summarise(paired_metrics(ramp, ramp, masks & False))["detail"])
 
 
 def test_seam_is_the_ratio_of_the_mean_gradients():
@@ -495,14 +518,14 @@ def test_the_program_reports_what_the_functions_give(folders, colour, capsys):
     rim = rim_gradient(pred.float() / 255, read_holes(folders)).mean().item()
     assert report["paired"]["rim_gradient"] == pytest.approx(rim)
     assert report["paired"]["seam"] == pytest.approx(rim / report["paired"]["rim_gradient_truth"])
-    assert {"rim_gradient", "rim_gradient_truth"} <= set(report["per_picture"]["cat_0"])
+    assert {"rim_gradient", "rim_gradient_truth", "inside_gradient"} <= set(report["per_picture"]["cat_0"])
     psnr = 10 * (255**2 / (pred.double() - truth.double()).square().mean((1, 2, 3))).log10()
     assert report["paired"]["whole"]["psnr"] == pytest.approx(psnr.mean().item(), rel=1e-5)
     assert list(report["per_picture"]) == [f"cat_{i}" for i in range(N)]
     assert torch.__version__.startswith(report["versions"]["torch"]) and "--features" in report["command"]
     printed = capsys.readouterr().out
     assert f"{distance:.3f}" in printed and "FD-MeanColour" in printed and "FID" not in printed
-    assert f"seam: {report['paired']['seam']:.3f}" in printed
+    assert f"seam: {report['paired']['seam']:.3f}" in printed and f"detail: {report['paired']['detail']:.3f}" in printed
     assert "hole only" in printed and "known pixels changed: 0.0000%, in 0 of 6 pictures" in printed
 
 
