@@ -112,6 +112,20 @@ def test_micro_batches_of_the_finish_add_up_to_the_batch(runs, tmp_path, new_acc
     assert one["step"] == four["step"] == 4
 
 
+def test_each_term_of_the_finish_has_a_weight_of_its_own(runs, tmp_path, new_accelerator):
+    names = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "adversarial", "seam", "detail")
+    exact = ["--set", "train_finish.precision=fp32"]
+    given = {name: 0.5 + i for i, name in enumerate(names)}
+    usual = finish(runs, tmp_path / "usual", *exact)["config"]["train_finish"]
+    finish(runs, tmp_path / "given", *exact, *(x for name in names for x in ("--set", f"train_finish.{name}={given[name]}")))
+    first, other = metrics(tmp_path / "usual")[0], metrics(tmp_path / "given")[0]    # step 1: still the same decoder
+    assert all(abs(first[name]) > 1e-6 for name in names)
+    assert {name: other[name] / given[name] for name in names} == pytest.approx(
+        {name: first[name] / usual[name] for name in names}, rel=1e-4
+    )
+    assert other["loss"] == pytest.approx(sum(other[name] for name in names), rel=1e-4)
+
+
 @pytest.mark.parametrize(("share", "true"), [(0.25, 12), (0.5, 8), (0.75, 4)])
 def test_the_first_pictures_of_a_batch_keep_their_true_tokens_in_every_part(runs, share, true):
     model = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
