@@ -16,12 +16,16 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from models import pictures
+from models import pictures, quantize
 from models.decoding import Round, iterative_decode
 from models.transformer import BidirectionalTransformer, TransformerConfig
 from models.vqgan import VQGAN, VQGANConfig
 
 FORMAT = "maskgit-inpainting"    # written into the metadata of weight files, so that foreign ones are recognised
+# What a file may hold in 8 bits: large matrices and kernels, most of its bytes. Never encoder and codebook, which would make
+# other tokens, nor the embedding, which decides between codes that are nearly tied.
+EIGHT_BIT = ("transformer.blocks.", "transformer.head.", "vqgan.decoder.")
+EIGHT_BIT_FROM = 4096    # values; smaller ones are not worth the loss
 
 
 class Known(NamedTuple):
@@ -297,11 +301,19 @@ class MaskGIT(
     def configs(self) -> dict[str, dict]:
         return {"vqgan": asdict(self.vqgan.config), "transformer": asdict(self.transformer.config)}
 
-    def save_file(self, path: str | Path, dtype: torch.dtype = torch.float16, **notes: str) -> None:
-        """Write one safetensors file with the weights in `dtype` and the config (and `notes`) in its metadata."""
+    def save_file(self, path: str | Path, dtype: torch.dtype = torch.float16, eight_bit: bool = False, **notes: str) -> None:
+        """Write one safetensors file with the weights in `dtype` and the config (and `notes`) in its metadata.
+
+        With `eight_bit` most of the weights (see `EIGHT_BIT`) are rounded to 8 bits; the tokens stay the same.
+        """
         from safetensors.torch import save_file
 
-        state = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
+        weights = self.state_dict()
+        state = {name: value.to(dtype).contiguous() for name, value in weights.items()}
+        if eight_bit:
+            for name, value in weights.items():
+                if name.startswith(EIGHT_BIT) and value.dim() >= 2 and value.numel() >= EIGHT_BIT_FROM:
+                    state[name], state[name + quantize.SUFFIX] = quantize.quantize(value)
         metadata = {"format": "pt", "library": FORMAT, "config": json.dumps(self.configs()), **notes}
         temporary = Path(path).with_name(f".{Path(path).name}.tmp")
         save_file(state, temporary, metadata)
@@ -323,14 +335,14 @@ class MaskGIT(
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name).float() for name in file.keys()}    # noqa: SIM118
+                stored = {name: file.get_tensor(name) for name in file.keys()}    # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"checkpoint {path} is truncated or not a safetensors file ({error})") from error
         if metadata.get("library") != FORMAT or "config" not in metadata:
             raise ValueError(f"checkpoint {path} holds no {FORMAT} model (no config in its metadata)")
         try:
             model = cls(**json.loads(metadata["config"]))
-            model.load_state_dict(state)
+            model.load_state_dict(quantize.dequantize_all(stored))
         except (TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"checkpoint {path} does not fit its own config: {reason}") from error

@@ -36,7 +36,7 @@ SCRIPTS = {
     "baselines", "benchmark", "demo", "evaluate", "export", "generate", "inpainting", "ladder", "reconstruct", "sweep",
     "training_finish", "training_transformer", "training_vqgan",
 }    # fmt: skip
-LEAVES = {"models.attention", "models.autoencoder", "models.codebook", "models.schedule"}
+LEAVES = {"models.attention", "models.autoencoder", "models.codebook", "models.quantize", "models.schedule"}
 ONLY_IN_FUNCTIONS = {("data", "dataset_tools")}
 
 # Packages that are imported under another name.

@@ -1,0 +1,218 @@
+"""Weights in 8 bits: what rounding keeps, the choice of scales, and files that hold such weights."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from models.maskgit import EIGHT_BIT, EIGHT_BIT_FROM, MaskGIT
+from models.quantize import CLIPS, LARGEST, LEAST_SCALE, SUFFIX, dequantize, dequantize_all, quantize
+from models.transformer import TransformerConfig
+from models.vqgan import VQGANConfig
+
+SHAPES = [(48, 64), (16, 3, 3, 3), (5, 1), (1, 4096)]
+MATRIX = "transformer.blocks.0.attention.qkv.weight"
+
+
+def weights(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Normal numbers with outliers; the rows' sizes range from 1e-7 to 1e4."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.logspace(-7, 4, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    return size * torch.randn(shape, generator=generator) ** 3
+
+
+def error(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (dequantize(values, scale).double() - weight.double()).square().flatten(1).sum(1)    # (R,)
+
+
+# ---- tensors ----
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_types_shapes_and_range(shape):
+    values, scale = quantize(weights(shape))
+    assert values.dtype == torch.int8 and values.shape == shape and values.is_contiguous()
+    assert scale.dtype == torch.float16 and scale.shape == shape[:1] and bool((scale >= 0).all())
+    assert values.min() >= -LARGEST
+    assert dequantize(values, scale).dtype == torch.float32 and dequantize(values, scale).shape == shape
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantised_weights_are_the_exact_products(shape):
+    values, scale = quantize(weights(shape))
+    exact = values.double().flatten(1) * scale.double()[:, None]
+    assert torch.equal(dequantize(values, scale).double().flatten(1), exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_second_time_changes_nothing(shape, seed):
+    values, scale = quantize(weights(shape, seed))
+    again, same_scale = quantize(dequantize(values, scale))
+    assert torch.equal(again, values) and torch.equal(same_scale, scale)
+
+
+def test_the_second_time_changes_nothing_for_any_size_of_a_row():
+    size = torch.logspace(-9, 6, 20_000)[:, None]
+    values, scale = quantize(size * torch.tensor([1.0, -0.7, 0.3, 0.01]))
+    again, same_scale = quantize(dequantize(values, scale))
+    assert torch.equal(again, values) and torch.equal(same_scale, scale)
+    assert bool((scale == 0).any()) and bool((scale == LEAST_SCALE).any())    # the smallest rows are among them
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_error_is_never_larger_than_with_the_row_s_maximum(shape, seed):
+    weight = weights(shape, seed)
+    plain = (weight.abs().flatten(1).amax(1) / LARGEST).clamp(min=LEAST_SCALE).half()
+    rounded = (weight.flatten(1) / plain.float()[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    ours, theirs = error(weight, *quantize(weight)), error(weight.flatten(1), rounded, plain)
+    assert bool((ours <= theirs * (1 + 1e-5)).all())    # float32 chose
+
+
+def test_clipping_pays_for_a_lone_outlier():
+    weight = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
+    top = weight.abs().amax(1)
+    _, scale = quantize(weight)
+    assert CLIPS[0] == max(CLIPS) == 1
+    assert bool((scale.float() < 0.99 * top / LARGEST).any()) and bool((scale.float() > 0.79 * top / LARGEST).all())
+
+
+def test_unclipped_weights_are_off_by_half_a_step_at_most():
+    weight = torch.rand(32, 16, generator=torch.Generator().manual_seed(0)) - 0.5
+    values, scale = quantize(weight)
+    inside = values.abs() < LARGEST
+    off = (dequantize(values, scale) - weight).abs() / scale.float()[:, None]
+    assert bool((off[inside] <= 0.5 + 1e-4).all())
+
+
+def test_rows_do_not_look_at_each_other_and_signs_are_alike():
+    weight = weights((48, 64))
+    values, scale = quantize(weight)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    others, other_scale = quantize(-weight[order])
+    assert torch.equal(others, -values[order]) and torch.equal(other_scale, scale[order])
+
+
+def test_rows_of_zeros_stay_zero():
+    weight = weights((6, 8)) + 1
+    weight[2] = 0
+    weight[3] = 1e-12    # rounds to 0
+    values, scale = quantize(weight)
+    assert (scale == 0).tolist() == [False, False, True, True, False, False]
+    assert not bool(values[2:4].any()) and not bool(dequantize(values, scale)[2:4].any())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e8])
+def test_refuses_what_8_bits_can_not_hold(bad):
+    weight = torch.ones(3, 4)
+    weight[1, 2] = bad
+    with pytest.raises(ValueError, match="not finite, or too large"):
+        quantize(weight)
+
+
+# ---- the tensors of a file ----
+
+
+def test_tensors_without_8_bits_come_back_as_float32():
+    stored = {"a": torch.ones(2).half(), "b.scale": torch.ones(3)}
+    state = dequantize_all(stored)
+    assert state.keys() == stored.keys() and all(value.dtype == torch.float32 for value in state.values())
+
+
+@pytest.mark.parametrize(
+    "scale", [None, torch.ones(2).half(), torch.ones(3, 1).half(), torch.ones(3), torch.ones(3).to(torch.int8)]
+)
+def test_a_scale_that_does_not_fit_is_refused(scale):
+    stored = {"w": torch.ones(3, 4).to(torch.int8)} | ({} if scale is None else {"w.scale": scale})
+    with pytest.raises(ValueError, match="w is stored in 8 bits, but w.scale is not a half-precision scale"):
+        dequantize_all(stored)
+
+
+# ---- files ----
+
+
+@pytest.fixture(scope="module")
+def model() -> MaskGIT:
+    torch.manual_seed(0)
+    vqgan = VQGANConfig(
+        image_size=16, codebook_size=64, codebook_dim=64, encoder_width=64, encoder_depth=1,
+        decoder_channels=[32, 16, 8], decoder_blocks=[1, 1, 1], context_dim=64,
+    )    # fmt: skip
+    transformer = TransformerConfig(
+        codebook_size=64, seq_len=16, embed_dim=64, depth=2, num_heads=2, mlp_dim=64, pixel_dim=64, pre_norm=True
+    )
+    model = MaskGIT(vqgan, transformer).eval()
+    for parameter in model.parameters():    # none is 0 or 1, which every type holds exactly
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    model.save_file(path, eight_bit=True, seed="0")
+    return path
+
+
+def test_which_tensors_are_in_8_bits(model, path):
+    stored, state = load_file(path), model.state_dict()
+    small = {name for name, value in stored.items() if value.dtype == torch.int8}
+    assert stored.keys() == state.keys() | {name + SUFFIX for name in small}
+    assert all(value.dtype == torch.float16 for name, value in stored.items() if name not in small)
+    assert {name.split(".")[1] for name in small} == {"blocks", "head", "decoder"}
+    for name, value in state.items():
+        large = value.dim() >= 2 and value.numel() >= EIGHT_BIT_FROM
+        assert (name in small) == (large and name.startswith(EIGHT_BIT))
+    # Large enough, and left alone all the same.
+    assert {"transformer.token_embed.weight", "transformer.pixel_embed.weight", "vqgan.codebook.embedding.weight"} <= {
+        name for name, value in state.items() if value.numel() >= EIGHT_BIT_FROM and name not in small
+    }
+
+
+def test_a_file_in_8_bits_brings_the_rounded_weights_back(model, path):
+    loaded, stored = MaskGIT.from_pretrained(path), load_file(path)
+    assert not loaded.training and loaded.configs() == model.configs()
+    for name, value in model.state_dict().items():
+        if stored[name].dtype == torch.int8:
+            assert torch.equal(loaded.state_dict()[name], dequantize(*quantize(value)))
+        else:
+            assert torch.equal(loaded.state_dict()[name], value.half().float())
+
+
+def test_the_tokens_are_those_of_a_file_in_half_precision(model, path, tmp_path):
+    model.save_file(tmp_path / "half.safetensors")
+    image = 2 * torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
+    half, small = (MaskGIT.from_file(p).vqgan.encode(image) for p in (tmp_path / "half.safetensors", path))
+    assert torch.equal(half, small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_reading_and_writing_again_changes_nothing(model, tmp_path, dtype):
+    once, twice = tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
+    model.save_file(once, dtype, eight_bit=True)
+    MaskGIT.from_file(once).save_file(twice, dtype, eight_bit=True)
+    one, two = load_file(once), load_file(twice)
+    assert one.keys() == two.keys()
+    assert all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda stored: stored.pop(MATRIX + SUFFIX), "half-precision scale for each row"),
+        (lambda stored: stored.update({MATRIX + SUFFIX: torch.ones(7).half()}), "half-precision scale for each row"),
+        (lambda stored: stored.update({MATRIX: stored[MATRIX].half()}), "Unexpected key"),
+    ],
+)
+def test_files_whose_scales_do_not_fit_are_refused(path, tmp_path, change, word):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["config"]) and metadata["seed"] == "0"
+    stored = load_file(path)
+    change(stored)
+    save_file(stored, tmp_path / "odd.safetensors", metadata)
+    with pytest.raises(ValueError, match=f"odd.safetensors does not fit its own config: .*{word}"):
+        MaskGIT.from_file(tmp_path / "odd.safetensors")
