@@ -395,16 +395,17 @@ def training_step(
     model = copy.deepcopy(plan.model).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.transformer.parameters(), lr=1e-4, betas=(0.9, 0.96), fused=True)
-    forward = torch.compile(model) if compiled else model
+    for block in model.transformer.blocks[:-1] if compiled else ():    # the last one works on the hidden tokens alone
+        block.compile()
     image, _ = draw_pictures(batch, model.image_size, device)
-    cache, generator = model.vqgan.encode(image), utils.seeded("training")
+    cache, generator = model.vqgan.encode(image), torch.Generator(device).manual_seed(0)
 
     def step() -> None:
-        mask = random_holes(batch, model.image_size, generator).to(device)
+        mask = random_holes(batch, model.image_size, generator)
         tokens = cache if plan.cached else model.vqgan.encode(image)
         pixels = model.pixels_of(image.masked_fill(mask, 0), mask.float())
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.half):
-            losses = forward(tokens, pixel_to_token_mask(mask, model.vqgan.config.stride), pixels)
+            losses = model(tokens, pixel_to_token_mask(mask, model.vqgan.config.stride), pixels)
         losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

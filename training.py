@@ -83,6 +83,7 @@ def start(device: str, precision: str, **ddp_options: bool):
     # On a CPU, oneDNN compiles kernels for every shape that it meets, and stage 2 hides another number of tokens at each
     # step. The 1,024 that it keeps by default fill gigabytes within a few hundred steps, and are hardly ever used again.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    torch.backends.cudnn.benchmark = True    # on a GPU: convolutions meet the same shapes again and again
     # An hour: the others wait while one of them encodes its share of the pictures or writes a checkpoint.
     handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=1)), DistributedDataParallelKwargs(**ddp_options)]
     return utils.make_accelerator(device, precision, handlers)
@@ -279,19 +280,25 @@ def count_pictures(shard: str) -> int:
 
 
 class Ahead:
-    """A pure function of the step, computed one step ahead in a thread, so that a GPU need not wait for its input."""
+    """A pure function of the step, computed ahead of time in threads, so that a GPU need not wait for its input.
 
-    def __init__(self, function: Callable[[int], T], enabled: bool) -> None:
+    Args:
+        function: step -> anything. Asked for in order; where it reads a stream of shards, one thread is the most.
+        threads: that many steps are computed at once, ahead of the one asked for; 0: none, compute when asked.
+    """
+
+    def __init__(self, function: Callable[[int], T], threads: int) -> None:
         self.function = function
-        self.pool = ThreadPoolExecutor(1) if enabled else None
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads) if threads else None
         self.waiting: dict[int, Any] = {}
 
     def __call__(self, step: int) -> T:
         if self.pool is None:
             return self.function(step)
-        future = self.waiting.get(step) or self.pool.submit(self.function, step)
-        self.waiting = {step + 1: self.pool.submit(self.function, step + 1)}
-        return future.result()
+        steps = range(step, step + self.threads + 1)
+        self.waiting = {s: self.waiting.get(s) or self.pool.submit(self.function, s) for s in steps}
+        return self.waiting.pop(step).result()
 
 
 # ---- where a run stands ----
@@ -396,8 +403,9 @@ def loop(
             values = step_or_skip(train_step, progress, on_nan)
             progress.step += 1
             clock.count(c.batch_size)
+            shown = {name: f"{values[name]:.3g}" for name in ("loss", "learning_rate") if name in values}
+            bar.set_postfix(shown, refresh=False)
             bar.update(c.batch_size)
-            bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "learning_rate") if name in values})
             if progress.step % c.log_every == 0 or values.keys() & {"codes_used", "skipped"}:
                 logger.log(progress.step, **values)
             scores = validate(progress.step // per_epoch) if progress.step % per_epoch == 0 else None

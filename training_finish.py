@@ -27,7 +27,7 @@ import tasks
 import training
 import utils
 from data import load_folder, random_holes, to_float
-from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss, mean_score
+from models.discriminator import FeatureDiscriminator, PatchDiscriminator, feature_matching, hinge_loss, mean_score
 from models.maskgit import Known, MaskGIT
 from models.perceptual import (
     PerceptualFeatures,
@@ -40,6 +40,7 @@ from models.perceptual import (
 )
 
 KIND = "finish-training"
+Pair = tuple[Tensor, Tensor]    # of originals, and of completed pictures
 
 
 @dataclass
@@ -50,6 +51,7 @@ class FinishConfig:
     accum_grad: int = 1                 # micro-batches per optimizer step
     learning_rate: float = 1e-4         # peak; falls along a half cosine
     discriminator_rate: float = 1e-4    # constant
+    feature_discriminator_rate: float = 1e-3    # constant
     warmup_steps: int = 50
     grad_clip: float = 1.0
     ema_decay: float = 0.998
@@ -66,6 +68,7 @@ class FinishConfig:
     sampled_perceptual: float = 6.0
     adversarial: float = 0.03           # both
     feature_matching: float = 0.0
+    feature_adversarial: float = 1.0    # of the discriminator on the perceptual network's features
     seam: float = 2.0                   # mean step across the hole's rim
     detail: float = 4.0                 # mean step inside the hole
     discriminator_channels: int = 64    # as in stage 1
@@ -75,9 +78,11 @@ class FinishConfig:
     log_every: int = 50
     save_every: int = 200
     val_pictures: int = 256
+    validate_every: int = 1             # epochs between two validations
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accum_grad", "rounds", "log_every", "save_every", "val_pictures"):
+        for name in ("epochs", "batch_size", "accum_grad", "rounds", "log_every", "save_every", "val_pictures",
+                     "validate_every"):    # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.true_pictures < self.batch_size:
@@ -88,8 +93,9 @@ class FinishConfig:
             raise ValueError(f"plain_share must lie in [0, 1], got {self.plain_share}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
-        if self.learning_rate <= 0 or self.discriminator_rate <= 0 or self.grad_clip <= 0:
-            raise ValueError("learning_rate, discriminator_rate and grad_clip must be above 0")
+        for name in ("learning_rate", "discriminator_rate", "feature_discriminator_rate", "grad_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         check_scales(self.perceptual_scales)
 
     @property
@@ -107,10 +113,15 @@ class Run(training.Counted):
     model: MaskGIT              # its decoder is the averaged one
     decoder: nn.Module          # the only part that learns
     discriminator: nn.Module
+    feature_discriminator: nn.Module    # on the perceptual network's features
     optimizer: torch.optim.Optimizer
     optimizer_d: torch.optim.Optimizer
     features: PerceptualFeatures
     pictures: Any               # training.FolderPictures or ShardPictures
+
+    @property
+    def discriminators(self) -> tuple[nn.Module, nn.Module]:
+        return self.discriminator, self.feature_discriminator
 
     def true_of(self, part: Tensor) -> int:
         """How many pictures of a part of a batch, the first ones, keep their true tokens: the same share in every part."""
@@ -151,46 +162,71 @@ def hole_l1(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
 
 def generator_terms(
     run: Run, image: Tensor, mask: Tensor, tokens: Tensor, context: Tensor | None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The weighted terms of the decoder's loss, and the completed pictures."""
+) -> tuple[dict[str, Tensor], Pair, list[Pair]]:
+    """The weighted terms of the decoder's loss; originals and completed pictures, and each feature map of both."""
     c, true, grid = run.config, run.true_of(image), run.model.vqgan.config.grid
     z_q = run.model.vqgan.codebook.lookup(tokens.view(-1, grid, grid))           # (B, d, h, w)
     output = run.decoder(z_q, image, mask, context).float()                      # (B, 3, H, W)
     pasted = torch.where(mask.bool(), output, image)
-    judge = run.accelerator.unwrap_model(run.discriminator).requires_grad_(False)    # here it only judges
     with torch.no_grad():
         wanted = run.features(image)
-        _, real = judge(image)
-    distance = perceptual_distance(run.features(pasted), wanted, mask)           # (B,)
-    score, fake = judge(pasted)
-    judge.requires_grad_(True)
+    made = run.features(pasted)
+    distance = perceptual_distance(made, wanted, mask)                           # (B,)
     terms = {
         "l1": c.l1 * hole_l1(output[:true], image[:true], mask[:true]),
         "laplacian": c.laplacian * laplacian_distance(pasted[:true], image[:true]),
         "perceptual": c.perceptual * distance[:true].mean(),
         "sampled_l1": c.sampled_l1 * hole_l1(output[true:], image[true:], mask[true:]),
         "sampled_perceptual": c.sampled_perceptual * distance[true:].mean(),
-        "adversarial": -c.adversarial * mean_score(score.float(), mask),
-        "feature_matching": c.feature_matching * feature_matching(fake, real),
         "seam": c.seam * seam_gap(pasted, image, mask).mean(),
         "detail": c.detail * detail_gap(pasted, image, mask).mean(),
     }
-    return terms, pasted
+    return terms | adversarial_terms(run, image, pasted, made, mask), (image, pasted), list(zip(wanted, made, strict=True))
+
+
+def adversarial_terms(run: Run, image: Tensor, pasted: Tensor, made: list[Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """What the discriminators, which only judge here, think of completed pictures and of their features."""
+    c = run.config
+    judge, critic = (run.accelerator.unwrap_model(x).requires_grad_(False) for x in run.discriminators)
+    with torch.no_grad():
+        _, real = judge(image)
+    score, fake = judge(pasted)
+    scores = critic(made)
+    for module in (judge, critic):
+        module.requires_grad_(True)
+    return {
+        "adversarial": -c.adversarial * mean_score(score.float(), mask),
+        "feature_matching": c.feature_matching * feature_matching(fake, real),
+        "feature_adversarial": -c.feature_adversarial * mean_of([mean_score(s.float(), mask) for s in scores]),
+    }
+
+
+def discriminator_terms(run: Run, images: Pair, features: list[Pair], mask: Tensor) -> dict[str, Tensor]:
+    """The losses of the discriminators, from originals and completed pictures and from the features of both."""
+    score, _ = run.discriminator(torch.cat(images).detach())
+    scores = run.feature_discriminator([torch.cat(pair).detach() for pair in features])
+    return {
+        "discriminator": hinge_loss(*score.float().chunk(2), mask),
+        "feature_discriminator": mean_of([hinge_loss(*s.float().chunk(2), mask) for s in scores]),
+    }
+
+
+def mean_of(terms: list[Tensor]) -> Tensor:
+    return torch.stack(terms).mean()
 
 
 def micro_step(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-    """Forward and backward of decoder and discriminator on one micro-batch; gradients add up. Returns the terms."""
+    """Forward and backward of decoder and discriminators on one micro-batch; gradients add up. Returns the terms."""
     accelerator, share = run.accelerator, run.config.accum_grad
     tokens, context = mixed_tokens(run, image, mask, seeds)
     with accelerator.autocast():
-        terms, pasted = generator_terms(run, image, mask, tokens, context)
+        terms, images, features = generator_terms(run, image, mask, tokens, context)
     terms["loss"] = sum(terms.values())
     accelerator.backward(terms["loss"] / share)
     with accelerator.autocast():
-        scores, _ = run.discriminator(torch.cat([image, pasted.detach()]))
-        terms["discriminator"] = hinge_loss(*scores.float().chunk(2), mask)
-    accelerator.backward(terms["discriminator"] / share)
-    return {name: term.detach() for name, term in terms.items()}
+        judged = discriminator_terms(run, images, features, mask)
+    accelerator.backward(sum(judged.values()) / share)
+    return {name: term.detach() for name, term in (terms | judged).items()}
 
 
 def train_step(run: Run, step: int, image: Tensor, mask: Tensor, seeds: list[int]) -> dict[str, float]:
@@ -205,14 +241,17 @@ def train_step(run: Run, step: int, image: Tensor, mask: Tensor, seeds: list[int
     optimizers = (run.optimizer, run.optimizer_d)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    accelerator.unwrap_model(run.feature_discriminator).renew_norms()
     totals: dict[str, Tensor] = {}
     for micro in range(c.accum_grad):
         part = slice(micro, None, c.accum_grad)
-        with training.local_gradients(accelerator, micro < c.accum_grad - 1, run.decoder, run.discriminator):
+        with training.local_gradients(accelerator, micro < c.accum_grad - 1, run.decoder, *run.discriminators):
             terms = micro_step(run, image[part], mask[part], seeds[part])
         totals = {name: totals.get(name, 0) + term / c.accum_grad for name, term in terms.items()}
     totals["gradient_norm"] = accelerator.clip_grad_norm_(run.decoder.parameters(), c.grad_clip)
-    totals["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(run.discriminator.parameters(), c.grad_clip)
+    totals["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
+        [x for module in run.discriminators for x in module.parameters()], c.grad_clip
+    )
     values = utils.average_over_processes(totals, accelerator)
     training.check_all_finite(values, step)
     for optimizer in optimizers:
@@ -266,6 +305,7 @@ def state_of(run: Run, configs: dict) -> dict:
     return {
         "kind": KIND, "config": configs, "decoder": unwrap(run.decoder).state_dict(),
         "ema": run.model.vqgan.decoder.state_dict(), "discriminator": unwrap(run.discriminator).state_dict(),
+        "feature_discriminator": unwrap(run.feature_discriminator).state_dict(),
         "optimizer": run.optimizer.state_dict(), "optimizer_d": run.optimizer_d.state_dict(),
     }    # fmt: skip
 
@@ -275,6 +315,7 @@ def restore(run: Run, state: dict) -> None:
     unwrap(run.decoder).load_state_dict(state["decoder"])
     run.model.vqgan.decoder.load_state_dict(state["ema"])
     unwrap(run.discriminator).load_state_dict(state["discriminator"])
+    unwrap(run.feature_discriminator).load_state_dict(state["feature_discriminator"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.optimizer_d.load_state_dict(state["optimizer_d"])
 
@@ -336,11 +377,15 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
     pictures = training.open_pictures(args, model.image_size, c, accelerator)
     decoder = copy.deepcopy(model.vqgan.decoder).requires_grad_(True)
     layout = {"memory_format": torch.channels_last}
-    decoder, discriminator = accelerator.prepare(decoder.to(**layout), discriminator.to(**layout))
+    critic = FeatureDiscriminator(features.widths)
+    learners = (module.to(**layout) for module in (decoder, discriminator, critic))
+    decoder, discriminator, critic = accelerator.prepare(*learners)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=c.learning_rate, betas=(0.9, 0.99))
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=c.discriminator_rate, betas=(0.5, 0.99))
+    rates = {discriminator: c.discriminator_rate, critic: c.feature_discriminator_rate}
+    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
+    optimizer_d = torch.optim.Adam(groups, betas=(0.5, 0.99))
     model, features = (module.to(accelerator.device, **layout) for module in (model, features))
-    return Run(c, accelerator, model, decoder, discriminator, optimizer, optimizer_d, features, pictures)
+    return Run(c, accelerator, model, decoder, discriminator, critic, optimizer, optimizer_d, features, pictures)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -380,11 +425,15 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
         folder, KIND, args.resume, accelerator, configs, len(run.pictures), lambda state: restore(run, state)
     )
 
+    batches = training.Ahead(lambda step: draw_batch(run, step), threads=accelerator.device.type == "cuda")
+
     def step_(step: int) -> dict[str, float]:
-        image, mask, seeds = draw_batch(run, step)
+        image, mask, seeds = batches(step)
         return train_step(run, step, image.to(accelerator.device), mask.to(accelerator.device), seeds)
 
-    def validate_(epoch: int) -> dict[str, float]:
+    def validate_(epoch: int) -> dict[str, float] | None:
+        if epoch % c.validate_every and epoch < c.epochs:
+            return None
         if accelerator.is_main_process:
             write_completions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")
         return validate(run, val_images)

@@ -15,8 +15,10 @@ OUTPUT/maskgit.safetensors, which `inpainting.py --checkpoint` takes.
 
 import argparse
 import copy
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +29,7 @@ import tasks
 import token_cache
 import training
 import utils
-from data import load_folder, random_holes, to_float
+from data import Views, load_folder, random_holes, random_views, take_views, to_float
 from models.decoding import lowest
 from models.maskgit import MaskGIT, pixel_to_token_mask
 from models.schedule import SCHEDULES, gamma
@@ -46,8 +48,9 @@ class TrainTransformerConfig:
     optimizer: str = "adamw"           # adamw, or muon for the blocks' matrices (half the steps to the same loss)
     learning_rate: float = 5e-4        # peak
     warmup_steps: int = 500            # optimizer steps
-    rate_schedule: str = "cosine"      # cosine: half a cosine down to 0; plateau: x 0.1 when validation stops improving
-    plateau_patience: int = 10         # epochs without improvement before the rate falls
+    rate_schedule: str = "cosine"      # cosine: half a cosine down to 0; plateau: x 0.1 when validation stops improving;
+                                       # constant: for a run from which another one goes on (--init)
+    plateau_patience: int = 10         # validations without improvement before the rate falls
     weight_decay: float = 0.03
     grad_clip: float = 1.0             # largest gradient norm
     label_smoothing: float = 0.0
@@ -55,19 +58,22 @@ class TrainTransformerConfig:
     precision: str = "bf16"            # bf16 or fp32
     seed: int = 0
     mirror: bool = True                # train on mirror images too
+    augment: float = 0.0               # share of pictures turned, zoomed, moved and recoloured a little, encoded anew
     hole_share: float = 0.6            # share of pictures whose hidden tokens lie in a hole-shaped mask
     full_share: float = 0.15           # share of pictures of which nothing is known; the rest: tokens scattered at random
     mask_schedule: str = "cosine"      # gamma of the share hidden inside holes and of unknown pictures
     log_every: int = 50                # steps
     save_every: int = 500              # steps between two last.pt
     sample_every: int = 5              # epochs between two grids of completions
+    validate_every: int = 1            # epochs between two validations, each of which may write a checkpoint
     val_pictures: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accum_grad", "log_every", "save_every", "sample_every", "val_pictures"):
+        for name in ("epochs", "batch_size", "accum_grad", "log_every", "save_every", "sample_every", "validate_every",
+                     "val_pictures"):    # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("hole_share", "full_share", "ema_decay", "label_smoothing"):
+        for name in ("augment", "hole_share", "full_share", "ema_decay", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         for name in ("warmup_steps", "plateau_patience", "weight_decay", "seed"):
@@ -81,8 +87,8 @@ class TrainTransformerConfig:
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
-        if self.rate_schedule not in ("cosine", "plateau"):
-            raise ValueError(f"rate_schedule must be cosine or plateau, got {self.rate_schedule!r}")
+        if self.rate_schedule not in ("cosine", "plateau", "constant"):
+            raise ValueError(f"rate_schedule must be cosine, plateau or constant, got {self.rate_schedule!r}")
         if self.mask_schedule not in SCHEDULES:
             raise ValueError(f"mask_schedule must be one of {', '.join(SCHEDULES)}, got {self.mask_schedule!r}")
         for name in ("learning_rate", "grad_clip"):
@@ -165,12 +171,19 @@ def draw_masks(
     return holes, lowest(order, hidden)
 
 
-def draw_batch(run: Run, step: int) -> tuple[Tensor | None, ...]:
-    """This process's part of the batch of one optimizer step; that of all processes is a function of (seed, step) alone.
+class Batch(NamedTuple):
+    """This process's part of the batch of one optimizer step, on the CPU; b = B / processes."""
 
-    Returns pixels (b, N, pixel_dim) or None, tokens (b, N), masked (b, N), and the number of hidden tokens in the whole
-    batch; b = B / processes.
-    """
+    image: Tensor | None     # (b, 3, H, W) uint8, where pixels are asked for
+    views: Views | None      # how these are seen, where they are augmented
+    tokens: Tensor           # (b, N), of the pictures as they are
+    holes: Tensor            # (b, 1, H, W) bool
+    masked: Tensor           # (b, N) bool, tokens to be predicted
+    total: Tensor            # scalar, how many these are in the whole batch
+
+
+def draw_batch(run: Run, step: int) -> Batch:
+    """The batch of all processes is a function of (seed, step) alone."""
     c, vqgan = run.config, run.ema.vqgan.config
     mine = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     epoch, k = divmod(step, run.per_epoch)
@@ -179,24 +192,39 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor | None, ...]:
     mirrored = (torch.rand(len(chosen), generator=generator) < 0.5) & c.mirror               # (B,)
     holes, masked = draw_masks(len(chosen), vqgan.image_size, vqgan.stride, c, generator)    # (B, 1, H, W), (B, N)
     tokens, image = run.pictures.rows(chosen[mine], mirrored[mine])                          # (b, N), (b, 3, H, W)
-    pixels = None
     if image is not None:
         image = torch.where(mirrored[mine].view(-1, 1, 1, 1), image.flip(3), image)
-        pixels = run.ema.pixels_of(to_float(image), holes[mine])                             # (b, N, 4 stride^2)
-    return pixels, tokens, masked[mine], masked.sum()
+    views = None
+    if c.augment:
+        views = Views(*(part[mine] for part in random_views(len(chosen), c.augment, generator)))
+    return Batch(image, views, tokens, holes[mine], masked[mine], masked.sum())
 
 
-def train_step(
-    run: Run, step: int, pixels: Tensor | None, tokens: Tensor, masked: Tensor, total: Tensor
-) -> dict[str, float]:
+@torch.no_grad()
+def prepare(run: Run, batch: Batch) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """A batch as the model takes it, on its device: pixels (b, N, pixel_dim) or None, tokens and masked (b, N), total."""
+    device = run.accelerator.device
+    tokens, holes, masked, total = (x.to(device, non_blocking=True) for x in batch[2:])
+    if batch.image is None:
+        return None, tokens, masked, total
+    image = to_float(batch.image.to(device, non_blocking=True))                              # (b, 3, H, W)
+    if batch.views is not None:
+        image = take_views(image, Views(*(part.to(device, non_blocking=True) for part in batch.views)))
+        tokens = run.ema.vqgan.encode(image)                                                 # (b, N)
+    return run.ema.pixels_of(image, holes), tokens, masked, total
+
+
+def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
     """One optimizer step: mean cross-entropy over all hidden tokens of the whole batch, however it is split.
 
     Raises:
         NotFinite: loss or gradient is not finite; nothing has been changed.
     """
     c, accelerator = run.config, run.accelerator
-    if c.rate_schedule == "cosine":
-        utils.set_rate(run.optimizer, utils.cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps))
+    pixels, tokens, masked, total = prepare(run, batch)
+    if c.rate_schedule != "plateau":
+        steps = run.total_steps if c.rate_schedule == "cosine" else math.inf
+        utils.set_rate(run.optimizer, utils.cosine_rate(step, steps, c.learning_rate, c.warmup_steps))
     run.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=accelerator.device)
     for micro in range(c.accum_grad):
@@ -286,6 +314,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vqgan", required=True, help="stage-1 checkpoint (last.pt), or a finished .safetensors model")
     parser.add_argument("--init", metavar="FILE", help="begin from the transformer of this model, not from random weights")
     parser.add_argument("--token-cache", metavar="DIR", help="where the training set's tokens lie (default: OUTPUT/tokens)")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks (torch.compile): for GPUs")
     return parser.parse_args(argv)
 
 
@@ -335,7 +364,7 @@ def run_training(
 
     val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: config.val_pictures]
     val_tokens = encode(model.vqgan, val_images, accelerator.device)[:, 0]
-    data = open_tokens(args, model.vqgan, model_config.pixel_dim > 0, accelerator)
+    data = open_tokens(args, model.vqgan, model_config.pixel_dim > 0 or config.augment > 0, accelerator)
     training.check_one_batch(len(data), config)
 
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -343,13 +372,18 @@ def run_training(
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=config.plateau_patience)
     run = Run(config, accelerator, accelerator.prepare(model), ema, optimizer, plateau, data)
     run.model.train()
+    if args.compile:
+        for block in run.plain.transformer.blocks[:-1]:    # the last one works on another number of tokens at every step
+            block.compile()
     progress = training.resume(folder, KIND, args.resume, accelerator, configs, len(data), lambda state: restore(run, state))
-    batches = training.Ahead(lambda step: draw_batch(run, step), enabled=accelerator.device.type == "cuda")
+    batches = training.Ahead(lambda step: draw_batch(run, step), threads=8 if accelerator.device.type == "cuda" else 0)
 
     def step_(step: int) -> dict[str, float]:
-        return train_step(run, step, *(x if x is None else x.to(accelerator.device) for x in batches(step)))
+        return train_step(run, step, batches(step))
 
-    def validate_(epoch: int) -> dict[str, float]:
+    def validate_(epoch: int) -> dict[str, float] | None:
+        if epoch % config.validate_every and epoch < config.epochs:
+            return None
         if accelerator.is_main_process and (epoch % config.sample_every == 0 or epoch == config.epochs):
             write_completions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")
         scores = validate(run, val_images, val_tokens)

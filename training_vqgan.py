@@ -323,7 +323,7 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
     c, accelerator = run.config, run.accelerator
     pictures = len(run.pictures)
     progress = training.resume(folder, KIND, args.resume, accelerator, configs, pictures, lambda state: restore(run, state))
-    batches = training.Ahead(lambda step: draw_batch(run, step), enabled=accelerator.device.type == "cuda")
+    batches = training.Ahead(lambda step: draw_batch(run, step), threads=accelerator.device.type == "cuda")
 
     def step_(step: int) -> dict[str, float]:
         return train_step(run, step, *(x.to(accelerator.device) for x in batches(step)))

@@ -201,8 +201,8 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, parameters only; call after optimizer.step()."""
-    for e, p in zip(ema.parameters(), model.parameters(), strict=True):
-        e.lerp_(p, 1.0 - decay)
+    averages, parameters = list(ema.parameters()), list(model.parameters())
+    torch._foreach_lerp_(averages, parameters, 1.0 - decay)
 
 
 def ema_decay_at(step: int, decay: float) -> float:

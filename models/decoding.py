@@ -64,8 +64,9 @@ def iterative_decode(
     B, N = tokens.shape
     plan = _plan(decoder, schedule, token_mask.sum(1), total_iter)                         # (B, T)
     masked, rounds = token_mask, []
-    for t in range(1, last + 1):
-        noise = torch.stack([torch.rand(2, N, generator=g) for g in generators]).to(tokens.device)    # (B, 2, N)
+    # All rounds at once: the same numbers as round by round, and one copy to a GPU.
+    noises = torch.stack([torch.rand(last, 2, N, generator=g) for g in generators], 1).to(tokens.device)
+    for t, noise in enumerate(noises, 1):                                                  # (B, 2, N)
         if bool(masked.any()):
             logits = tokens_to_logits(torch.where(masked, mask_token_id, tokens))          # (M, K)
             tokens, score = _predict(decoder, logits, tokens, masked, temperature, noise[:, 0])

@@ -1,13 +1,16 @@
-"""PatchGAN discriminator and the adversarial terms of stage 1.
+"""The discriminators and their terms: one on patches of pixels, one on the features of an ImageNet network.
 
-Isola et al. 2017, section 3.2.2 (https://arxiv.org/abs/1611.07004); Esser et al. 2021, section 3.1.
+Isola et al. 2017, section 3.2.2 (https://arxiv.org/abs/1611.07004); Esser et al. 2021, section 3.1; Sauer et al. 2021,
+Projected GANs (https://arxiv.org/abs/2111.01007).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from models.perceptual import weighted_mean
 
@@ -47,6 +50,48 @@ class PatchDiscriminator(nn.Module):
             image = layer(image)
             features.append(image)
         return self.judge(image), features
+
+
+class FeatureDiscriminator(nn.Module):
+    """A small judge on each feature map of a frozen network, which knows already what pictures show.
+
+    Few weights have to learn, so it is slow to learn a small training set by heart (Sauer et al. 2021, section 3; their
+    random mixing of the maps is left out). Spectral norms (Miyato et al. 2018) keep its slope, and so its say in the loss,
+    bounded.
+
+    Args:
+        widths: channels of the feature maps.
+        channels: width of a judge.
+    """
+
+    def __init__(self, widths: Sequence[int], channels: int = 64) -> None:
+        super().__init__()
+        self.judges = nn.ModuleList(
+            nn.Sequential(
+                spectral_norm(nn.Conv2d(width, channels, 1)),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(channels, channels, 3, padding=1)),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(channels, 1, 1)),
+            )
+            for width in widths
+        )
+
+        self.eval()
+
+    @torch.no_grad()
+    def renew_norms(self) -> None:
+        """A round of the power iteration behind each spectral norm; to be called once a step, into however many parts its
+        batch is cut. (In training mode each look at a weight would be a round.)"""
+        self.train()
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight    # noqa: B018
+        self.eval()
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Feature maps (B, C, h, w), each position of unit length.  Returns scores (B, 1, h, w) for each, high = real."""
+        return [judge(x * x.shape[1] ** 0.5) for judge, x in zip(self.judges, features, strict=True)]
 
 
 def hinge_loss(real: Tensor, fake: Tensor, hole: Tensor | None = None) -> Tensor:

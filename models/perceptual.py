@@ -47,6 +47,13 @@ class PerceptualFeatures(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
+    @property
+    def widths(self) -> list[int]:
+        """Channels of the feature maps of `forward`."""
+        with torch.no_grad():
+            maps = self(self.mean.new_zeros(1, 3, 64, 64))
+        return [x.shape[1] for x in maps]
+
     def forward(self, image: Tensor) -> list[Tensor]:
         """image: (B, 3, H, W) in [-1, 1].  Returns feature maps (B, C, h, w), each position scaled to unit length."""
         x = ((image + 1) / 2 - self.mean) / self.std                               # (B, 3, H, W)

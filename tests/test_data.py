@@ -782,3 +782,54 @@ def test_shards_command_refusals(packed, tmp_path, capsys):
         assert data.main(["shards", *argv, "--size", "8"]) == 2
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+# ---- views ----------------------------------------------------------------------------------------------------------
+
+def smooth_pictures(count: int, size: int = 32) -> torch.Tensor:
+    """(count, 3, size, size) in [-0.5, 0.5]."""
+    pixels = np.stack([picture(i, size, size) for i in range(count)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5
+
+
+def view(angle: float = 0.0, move: float = 0.0, colour=(0.0, 1.0, 1.0)) -> data.Views:
+    c, s = np.cos(angle), np.sin(angle)
+    place = torch.tensor([[[c, -s, move], [s, c, 0.0]]], dtype=torch.float32)
+    return data.Views(torch.tensor([True]), place, torch.tensor([colour]))
+
+
+def test_a_share_of_the_pictures_is_seen_otherwise_and_the_others_bit_for_bit():
+    image = smooth_pictures(64)
+    views = data.random_views(64, 0.5, generator())
+    seen = data.take_views(image, views)
+    same = (seen == image).flatten(1).all(1)
+    assert torch.equal(same, ~views.changed) and 16 < views.changed.sum() < 48
+    assert seen.abs().max() <= 1
+    again = data.random_views(64, 0.5, generator())
+    assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
+    assert not data.random_views(64, 0.0, generator()).changed.any()
+
+
+def test_what_a_view_does():
+    image = smooth_pictures(1)
+    assert torch.allclose(data.take_views(image, view()), image, atol=1e-5)
+    quarter = data.take_views(image, view(angle=np.pi / 2))
+    assert torch.allclose(quarter, image.rot90(1, (2, 3)), atol=1e-4)
+    moved = data.take_views(image, view(move=2 * 4 / 32))    # four pixels of 32; the picture is 2 wide
+    assert torch.allclose(moved[..., :-4], image[..., 4:], atol=1e-5)
+    mean = image.mean((1, 2, 3))
+    assert torch.allclose(data.take_views(image, view(colour=(0.1, 1.0, 1.0))), image + 0.1, atol=1e-5)
+    assert torch.allclose(data.take_views(image, view(colour=(0.0, 0.5, 1.0))).mean((1, 2, 3)), mean, atol=1e-5)
+    gray = data.take_views(image, view(colour=(0.0, 1.0, 0.0)))
+    assert torch.allclose(gray, image.mean(1, keepdim=True).expand_as(image), atol=1e-5)
+
+
+def test_views_stay_within_their_limits():
+    views = data.random_views(1000, 1.0, generator())
+    size = torch.linalg.det(views.place[:, :, :2]).sqrt()    # of the part that is seen
+    assert 1 / data.ZOOM[1] - 1e-4 < size.min() < size.max() < 1 / data.ZOOM[0] + 1e-4
+    turn = torch.rad2deg(torch.atan2(views.place[:, 1, 0], views.place[:, 0, 0]))
+    assert 0.9 * data.MAX_TURN < turn.abs().max() <= data.MAX_TURN + 1e-3
+    assert 0.9 < views.place[:, :, 2].abs().max() / (2 * data.MAX_MOVE) <= 1
+    unchanged = torch.tensor([0.0, 1.0, 1.0])
+    assert ((views.colour - unchanged).abs() <= torch.tensor(data.COLOUR) + 1e-6).all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss, mean_score
+from models.discriminator import FeatureDiscriminator, PatchDiscriminator, feature_matching, hinge_loss, mean_score
 
 
 def discriminator(**options) -> PatchDiscriminator:
@@ -55,6 +55,38 @@ def test_widths_that_are_no_multiples_of_32_and_refusal():
     assert discriminator(channels=24)(noise(16))[0].isfinite().all()
     with pytest.raises(ValueError, match="strided must be at least 1, got 0"):
         PatchDiscriminator(strided=0)
+
+
+def maps() -> list[torch.Tensor]:
+    """Feature maps of two pictures, each position of unit length."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((16, 9), (32, 5))
+    return [nn.functional.normalize(torch.randn(2, c, s, s, generator=generator), dim=1) for c, s in sizes]
+
+
+def feature_discriminator() -> FeatureDiscriminator:
+    torch.manual_seed(0)
+    return FeatureDiscriminator([16, 32], channels=8)
+
+
+def test_a_judge_on_every_feature_map_scores_each_picture_alone():
+    model, features = feature_discriminator(), maps()
+    scores = model(features)
+    assert [tuple(x.shape) for x in scores] == [(2, 1, 9, 9), (2, 1, 5, 5)]
+    alone = model([x[1:] for x in features])
+    assert all(torch.allclose(x[1:], y, atol=1e-6) for x, y in zip(scores, alone, strict=True))
+
+
+def test_looking_changes_no_norm_and_renewing_finds_it():
+    model, features = feature_discriminator(), maps()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model(features)
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    for _ in range(300):
+        model.renew_norms()
+    assert not model.training
+    for layer in (x for x in model.modules() if isinstance(x, nn.Conv2d)):
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize("real, fake, expected", [

@@ -113,7 +113,8 @@ def test_micro_batches_of_the_finish_add_up_to_the_batch(runs, tmp_path, new_acc
 
 
 def test_each_term_of_the_finish_has_a_weight_of_its_own(runs, tmp_path, new_accelerator):
-    names = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "adversarial", "seam", "detail")
+    names = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "adversarial", "feature_adversarial",
+             "seam", "detail")    # fmt: skip
     exact = ["--epochs", "1", "--set", "train_finish.precision=fp32"]
     given = {name: 0.5 + i for i, name in enumerate(names)}
     usual = finish(runs, tmp_path / "usual", *exact)["config"]["train_finish"]
@@ -293,6 +294,22 @@ def test_export_averages_two_transformers(runs, tmp_path):
     told = refused(export, *argv, "--average", tmp_path / "other.safetensors")
     assert "was trained on other tokens than those of the VQGAN here: codebook" in told
     assert "--average: checkpoint none not found" in refused(export, *argv, "--average", "none")
+
+
+def test_export_in_eight_bits_keeps_the_tokens(runs, tmp_path):
+    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
+    run(export, *argv, "--output", tmp_path / "half.safetensors")
+    run(export, *argv, "--output", tmp_path / "small.safetensors", "--eight-bit")
+    half, small = (MaskGIT.from_file(tmp_path / f"{name}.safetensors").vqgan.state_dict() for name in ("half", "small"))
+    assert (tmp_path / "small.safetensors").stat().st_size < (tmp_path / "half.safetensors").stat().st_size
+    assert training.other_tokens(small, half) is None
+    differing = [name for name in half if not torch.equal(half[name], small[name])]
+    assert differing and all(name.startswith("decoder.") for name in differing)
+    # Such a file serves where another one does: here the decoder of an 8-bit file, written in 8 bits again.
+    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", tmp_path / "small.safetensors", "--eight-bit"]
+    run(export, *argv, "--output", tmp_path / "again.safetensors")
+    again = MaskGIT.from_file(tmp_path / "again.safetensors").vqgan.state_dict()
+    assert all(torch.equal(again[name], small[name]) for name in small)
 
 
 def test_generate_depends_on_the_seed_alone(runs, tmp_path):

@@ -4,6 +4,8 @@ import io
 import math
 import tarfile
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +28,7 @@ import training_transformer
 import training_vqgan
 import utils
 from models.maskgit import MaskGIT
+from models.transformer import TransformerConfig
 from utils import UserError
 
 
@@ -102,6 +105,66 @@ def test_the_discriminator_learns_from_its_step_on(setting, tmp_path):
         discriminators.append(checkpoint(tmp_path / "a", "vqgan")["discriminator"])
     assert differences(discriminators[0], discriminators[1]) == []
     assert differences(discriminators[1], discriminators[2]) != []
+
+
+def test_stage_2_validates_when_it_is_due_and_may_hold_its_rate(setting, tmp_path):
+    values = ("validate_every=3", "rate_schedule=constant", "augment=0.5", "warmup_steps=2", "learning_rate=0.01")
+    flags = [x for value in values for x in ("--set", f"train_transformer.{value}")]
+    succeed("transformer", setting.argv("transformer", tmp_path / "a", *flags))
+    lines = metrics(tmp_path / "a")
+    assert [line["step"] for line in lines if "val_loss" in line] == [9, STEPS]    # of four epochs of three steps
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates == pytest.approx([0.005] + [0.01] * (STEPS - 1))
+
+
+def test_compile_compiles_every_block_but_the_last(setting, tmp_path):
+    def patch():
+        torch.nn.Module.compile = lambda block: print("compiled", type(block).__name__)
+
+    flags = ("--compile", "--epochs", "1", "--set", "transformer.depth=3")
+    child = succeed("transformer", setting.argv("transformer", tmp_path / "a", *flags), patch)
+    assert child.text.count("compiled Block\n") == 2
+
+
+def test_augmented_pictures_are_encoded_as_they_are_seen(setting):
+    vqgan = training_transformer.load_vqgan(str(setting.vqgan))
+    model = MaskGIT(vqgan.config, TransformerConfig(**utils.load_config(setting.config)["transformer"]))
+    model.vqgan.load_state_dict(vqgan.state_dict())
+    images = data.load_folder(setting.train, 16)
+    tokens = training_transformer.encode(vqgan, images, torch.device("cpu"))    # (M, 2, N)
+
+    def rows(chosen, mirrored):
+        return tokens[chosen, mirrored.long()], images[chosen]
+
+    def draw(augment, rank=0, processes=1):
+        c = training_transformer.TrainTransformerConfig(batch_size=8, augment=augment)
+        place = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"))
+        run = SimpleNamespace(config=c, accelerator=place, ema=model, pictures=Pictures(rows, len(images)), per_epoch=3)
+        batch = training_transformer.draw_batch(run, 4)
+        return batch, training_transformer.prepare(run, batch)
+
+    (plain, before), (batch, after) = draw(0.0), draw(0.6)
+    changed = batch.views.changed
+    assert 0 < changed.sum() < 8 and torch.equal(plain.image, batch.image)
+    same = (before[1] == after[1]).all(1)
+    assert same[~changed].all() and not same[changed].any()
+    seen = data.take_views(data.to_float(batch.image), batch.views)
+    assert torch.equal(after[1], vqgan.encode(seen)) and torch.equal(after[0], model.pixels_of(seen, batch.holes))
+    parts = [draw(0.6, rank, 2)[1] for rank in range(2)]
+    for whole, mine in zip(after[:3], zip(*(part[:3] for part in parts), strict=True), strict=True):
+        assert torch.equal(torch.stack(mine, 1).flatten(0, 1), whole)
+    assert after[3] == parts[0][3] == parts[1][3]
+
+
+@dataclass
+class Pictures:
+    """In place of a token cache."""
+
+    rows: Callable
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
 
 
 def test_pictures_written_on_the_way(stage2):
@@ -257,12 +320,12 @@ def test_ahead_computes_the_same_one_step_early():
             raise DataLost(step)
         return step * step
 
-    now, ahead = training.Ahead(lambda step: step * step, enabled=False), training.Ahead(square, enabled=True)
+    now, ahead = training.Ahead(lambda step: step * step, threads=0), training.Ahead(square, threads=1)
     for step in (0, 1, 2, 5, 6, 3):    # a gap, as after a resume
         assert ahead(step) == now(step) == step * step
     ahead.pool.shutdown(wait=True)
     assert calls == [0, 1, 2, 3, 5, 6, 7, 3, 4] and threading.main_thread() not in threads
-    ahead = training.Ahead(square, enabled=True)
+    ahead = training.Ahead(square, threads=1)
     assert ahead(8) == 64    # what comes after it fails, and is told when it is asked for
     with pytest.raises(DataLost):
         ahead(9)
@@ -270,6 +333,21 @@ def test_ahead_computes_the_same_one_step_early():
 
 class DataLost(Exception):
     pass
+
+
+def test_several_threads_work_ahead_at_once():
+    """Step 0 is not done before step 3 has begun: four steps are under way together."""
+    begun = {step: threading.Event() for step in range(8)}
+
+    def function(step):
+        begun[step].set()
+        assert step or begun[3].wait(30)
+        return step
+
+    ahead = training.Ahead(function, threads=4)
+    assert [ahead(step) for step in range(4)] == [0, 1, 2, 3]
+    ahead.pool.shutdown(wait=True)
+    assert sorted(ahead.waiting) == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("processes", [1, 3, 8])
