@@ -201,8 +201,8 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, parameters only; call after optimizer.step()."""
-    averages, parameters = list(ema.parameters()), list(model.parameters())
-    torch._foreach_lerp_(averages, parameters, 1.0 - decay)
+    averages, parameters = zip(*zip(ema.parameters(), model.parameters(), strict=True), strict=True)
+    torch._foreach_lerp_(averages, parameters, 1.0 - decay)    # all at once: hundreds of launches fewer on a GPU
 
 
 def ema_decay_at(step: int, decay: float) -> float:
