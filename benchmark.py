@@ -395,8 +395,8 @@ def training_step(
     model = copy.deepcopy(plan.model).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.transformer.parameters(), lr=1e-4, betas=(0.9, 0.96), fused=True)
-    for block in model.transformer.blocks[:-1] if compiled else ():    # the last one works on the hidden tokens alone
-        block.compile()
+    if compiled:
+        model.transformer.compile_blocks()
     image, _ = draw_pictures(batch, model.image_size, device)
     cache, generator = model.vqgan.encode(image), torch.Generator(device).manual_seed(0)
 

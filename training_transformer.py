@@ -373,8 +373,7 @@ def run_training(
     run = Run(config, accelerator, accelerator.prepare(model), ema, optimizer, plateau, data)
     run.model.train()
     if args.compile:
-        for block in run.plain.transformer.blocks[:-1]:    # the last one works on another number of tokens at every step
-            block.compile()
+        run.plain.transformer.compile_blocks()
     progress = training.resume(folder, KIND, args.resume, accelerator, configs, len(data), lambda state: restore(run, state))
     batches = training.Ahead(lambda step: draw_batch(run, step), threads=8 if accelerator.device.type == "cuda" else 0)
 

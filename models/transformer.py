@@ -109,6 +109,11 @@ class BidirectionalTransformer(nn.Module):
                 for layer in (block.attention.proj, block.mlp[2]):
                     layer.weight.data.mul_((2 * self.config.depth) ** -0.5)
 
+    def compile_blocks(self) -> None:
+        """torch.compile for every block but the last, which in training works on another number of tokens at every step."""
+        for block in self.blocks[:-1]:
+            block.compile()
+
     def forward(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         """Logits over the codebook for every position, or for some.
 
