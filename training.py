@@ -430,6 +430,11 @@ def loop(
     return 128 + stopped if stopped else 0
 
 
+def due(epoch: int, every: int, epochs: int) -> bool:
+    """Whether something is done after this epoch: every so many, and after the last."""
+    return epoch % every == 0 or epoch == epochs
+
+
 def other_tokens(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
     """The first weight in which two VQGANs' encoders or codebooks differ, so that they make other tokens; None: in none.
 

@@ -432,7 +432,7 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
         return train_step(run, step, image.to(accelerator.device), mask.to(accelerator.device), seeds)
 
     def validate_(epoch: int) -> dict[str, float] | None:
-        if epoch % c.validate_every and epoch < c.epochs:
+        if not training.due(epoch, c.validate_every, c.epochs):
             return None
         if accelerator.is_main_process:
             write_completions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")

@@ -381,9 +381,9 @@ def run_training(
         return train_step(run, step, batches(step))
 
     def validate_(epoch: int) -> dict[str, float] | None:
-        if epoch % config.validate_every and epoch < config.epochs:
+        if not training.due(epoch, config.validate_every, config.epochs):
             return None
-        if accelerator.is_main_process and (epoch % config.sample_every == 0 or epoch == config.epochs):
+        if accelerator.is_main_process and training.due(epoch, config.sample_every, config.epochs):
             write_completions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")
         scores = validate(run, val_images, val_tokens)
         run.plateau.step(scores["val_loss"])

@@ -329,7 +329,7 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
         return train_step(run, step, *(x.to(accelerator.device) for x in batches(step)))
 
     def validate_(epoch: int) -> dict[str, float] | None:
-        if epoch % c.sample_every and epoch < c.epochs:
+        if not training.due(epoch, c.sample_every, c.epochs):
             return None
         if accelerator.is_main_process:
             write_reconstructions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")
