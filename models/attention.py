@@ -54,7 +54,7 @@ class MultiHeadAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5             # (B, heads, N, N)
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)           # (B, heads, N, N)
         weights = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
         return weights @ v                                                 # (B, heads, N, d)
 
