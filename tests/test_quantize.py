@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.maskgit import EIGHT_BIT, EIGHT_BIT_FROM, MaskGIT
-from models.quantize import CLIPS, LARGEST, LEAST_SCALE, SUFFIX, dequantize, dequantize_all, quantize
+from models.quantize import LARGEST, LEAST_SCALE, SUFFIX, dequantize, dequantize_all, quantize
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 
@@ -21,10 +21,6 @@ def weights(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = torch.logspace(-7, 4, shape[0]).view(-1, *[1] * (len(shape) - 1))
     return size * torch.randn(shape, generator=generator) ** 3
-
-
-def error(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (dequantize(values, scale).double() - weight.double()).square().flatten(1).sum(1)    # (R,)
 
 
 # ---- tensors ----
@@ -63,29 +59,11 @@ def test_the_second_time_changes_nothing_for_any_size_of_a_row():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("seed", range(5))
-def test_the_error_is_never_larger_than_with_the_row_s_maximum(shape, seed):
-    weight = weights(shape, seed)
-    plain = (weight.abs().flatten(1).amax(1) / LARGEST).clamp(min=LEAST_SCALE).half()
-    rounded = (weight.flatten(1) / plain.float()[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
-    ours, theirs = error(weight, *quantize(weight)), error(weight.flatten(1), rounded, plain)
-    assert bool((ours <= theirs * (1 + 1e-5)).all())    # float32 chose
-
-
-def test_clipping_pays_for_a_lone_outlier():
-    weight = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
-    top = weight.abs().amax(1)
-    _, scale = quantize(weight)
-    assert CLIPS[0] == max(CLIPS) == 1
-    assert bool((scale.float() < 0.99 * top / LARGEST).any()) and bool((scale.float() > 0.79 * top / LARGEST).all())
-
-
-def test_unclipped_weights_are_off_by_half_a_step_at_most():
-    weight = torch.rand(32, 16, generator=torch.Generator().manual_seed(0)) - 0.5
+def test_weights_are_off_by_half_a_step_at_most(shape):
+    weight = weights(shape)
     values, scale = quantize(weight)
-    inside = values.abs() < LARGEST
-    off = (dequantize(values, scale) - weight).abs() / scale.float()[:, None]
-    assert bool((off[inside] <= 0.5 + 1e-4).all())
+    off = (dequantize(values, scale) - weight).abs().flatten(1) / scale.float().clamp(min=LEAST_SCALE)[:, None]
+    assert bool((off <= 0.5 + 1e-4).all())
 
 
 def test_rows_do_not_look_at_each_other_and_signs_are_alike():
