@@ -1,5 +1,6 @@
 """benchmark.py: what its cases compute and count. No test depends on how fast the machine is."""
 
+import ctypes
 import json
 import mmap
 
@@ -112,6 +113,25 @@ def test_memory_of_a_call_is_seen():
     assert benchmark.peak_memory(lambda: None, CPU) < peak - 20    # the mark starts anew
 
 
+def test_freed_memory_does_not_count():
+    if benchmark.memory_now(CPU) is None or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("only glibc gives memory back when asked")
+    before = benchmark.memory_now(CPU)
+    small = [b"x" * 2**16 for _ in range(1024)]    # 64 MiB in pieces that share pages' neighbourhoods
+    assert benchmark.memory_now(CPU) - before > 40
+    last = b"x" * 2**16                            # above them, so that they aren't given back of themselves
+    del small
+    assert benchmark.memory_now(CPU) - before < 20 and last
+
+
+def test_only_the_copy_is_compiled(models, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen.append(self))
+    model = models["cat64"]
+    blocks = list(benchmark.compiled(model).transformer.blocks)
+    assert seen == blocks[:-1] and len(seen) > 0 and not set(seen) & set(model.modules())
+
+
 def test_a_training_step_trains_the_transformer_alone(models):
     plan = benchmark.Plan("", models["cat64"], 2, cached=False, half=True)
     model, step = benchmark.training_step(plan, 2, CPU)
@@ -122,13 +142,16 @@ def test_a_training_step_trains_the_transformer_alone(models):
     assert all(torch.equal(a, b) for a, b in zip(models["cat64"].parameters(), plan.model.parameters(), strict=True))
 
 
-def test_inpaint_reports_everything(tmp_path, capsys):
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_inpaint_reports_everything(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)    # which takes a compiler, and its time
     path = tmp_path / "report.json"
-    assert benchmark.main(["inpaint", "--quick", "--rounds", "1", "--device", "cpu", "--json", str(path)]) == 0
+    assert benchmark.main(["inpaint", "--quick", "--rounds", "1", "--device", "cpu", "--json", str(path), *flags]) == 0
     report, out = json.loads(path.read_text()), capsys.readouterr().out
     assert report["machine"]["quick"] is True
     cases = [row["case"] for row in report["completion"]]
     assert cases[0] == "reference loop" and "default, bfloat16" in cases and all(name in out for name in cases)
+    assert ("default, compiled" in cases) == bool(flags)
     assert report["completion"][0]["times as fast"] == 1
     assert all(row["pictures/s"] > 0 for row in report["completion"])
     assert set(report["equal arg-max tokens"]) == {"bfloat16", "int8"}
