@@ -132,6 +132,15 @@ def local_gradients(accelerator: Any, enabled: bool, *models: nn.Module) -> Iter
 
 
 @contextlib.contextmanager
+def judging(accelerator: Any, *discriminators: nn.Module) -> Iterator[list[nn.Module]]:
+    """The discriminators as they judge for the generator's loss: no gradients of their own, and none to be exchanged."""
+    judges = [accelerator.unwrap_model(x).requires_grad_(False) for x in discriminators]
+    yield judges
+    for judge in judges:
+        judge.requires_grad_(True)
+
+
+@contextlib.contextmanager
 def errors_told_once(accelerator: Any, folder: str) -> Iterator[None]:
     """With several processes: what all of them find wrong the main one tells; and when one has died, the others, which fail
     in their next exchange with it, say so in a sentence instead of a traceback each."""

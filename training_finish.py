@@ -187,13 +187,11 @@ def generator_terms(
 def adversarial_terms(run: Run, image: Tensor, pasted: Tensor, made: list[Tensor], mask: Tensor) -> dict[str, Tensor]:
     """What the discriminators, which only judge here, think of completed pictures and of their features."""
     c = run.config
-    judge, critic = (run.accelerator.unwrap_model(x).requires_grad_(False) for x in run.discriminators)
-    with torch.no_grad():
-        _, real = judge(image)
-    score, fake = judge(pasted)
-    scores = critic(made)
-    for module in (judge, critic):
-        module.requires_grad_(True)
+    with training.judging(run.accelerator, *run.discriminators) as (judge, critic):
+        with torch.no_grad():
+            _, real = judge(image)
+        score, fake = judge(pasted)
+        scores = critic(made)
     return {
         "adversarial": -c.adversarial * mean_score(score.float(), mask),
         "feature_matching": c.feature_matching * feature_matching(fake, real),

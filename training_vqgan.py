@@ -147,11 +147,10 @@ def micro_step(run: Run, image: Tensor, mask: Tensor, adversarial: bool) -> tupl
         terms["codebook"] = quantized.loss
         pasted = torch.where(mask.bool(), output, image)
         if adversarial:
-            judge = accelerator.unwrap_model(run.discriminator).requires_grad_(False)    # here it only judges
-            score, fake = judge(pasted)
-            with torch.no_grad():
-                _, real = judge(image)
-            judge.requires_grad_(True)
+            with training.judging(accelerator, run.discriminator) as (judge,):
+                score, fake = judge(pasted)
+                with torch.no_grad():
+                    _, real = judge(image)
             terms["adversarial"] = -score.float().mean()
             terms["feature_matching"] = feature_matching(fake, real)
     terms["loss"] = sum(getattr(c, name) * term for name, term in terms.items())
