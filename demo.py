@@ -319,6 +319,23 @@ def write_png(picture: Picture, folder: Path, name: str) -> str:
     return str(path)
 
 
+def save_whole(save: Callable[..., str]) -> Callable[..., str]:
+    """Gradio's way to file a picture for the browser, which names the file by its content and writes it again when it comes
+    again. A browser that is loading it just then would get a part; here the new file takes the old one's place at once."""
+
+    def saved(image: Image.Image, cache_dir: str, *args: Any, **options: Any) -> str:
+        cache = Path(cache_dir).resolve()
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as staging:
+            made = Path(save(image, staging, *args, **options))    # STAGING/HASH/NAME
+            path = cache / made.parent.name / made.name
+            path.parent.mkdir(exist_ok=True)
+            made.replace(path)
+        return str(path)
+
+    return saved
+
+
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto; }
 .gallery-box .grid-wrap { min-height: 0; max-height: none; height: auto; }
@@ -682,6 +699,7 @@ def find_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
 
 def launch(page: Page, args: argparse.Namespace) -> Any:
     """Start the server in its own threads; returns Gradio's app."""
+    gr.processing_utils.save_pil_to_cache = save_whole(gr.processing_utils.save_pil_to_cache)
     blocks = page.build()
     gr.processing_utils.async_ssrf_protected_download = refuse_address    # Gradio would fetch "uploads" that are addresses
     try:

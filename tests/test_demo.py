@@ -300,6 +300,17 @@ def test_files_to_download_are_whole_and_old_ones_go(tmp_path):
     assert not path.exists() and second.exists()
 
 
+def test_a_picture_shown_again_is_not_written_over_while_it_is_loaded(tmp_path):
+    save = demo.save_whole(demo.gr.processing_utils.save_pil_to_cache)
+    one, other = (Image.fromarray(pixels) for pixels in (noise(20, 20), noise(20, 30)))
+    path = save(one, str(tmp_path / "cache"), format="png")
+    with open(path, "rb") as loading:
+        assert save(one, cache_dir=str(tmp_path / "cache"), format="png") == path != save(other, str(tmp_path / "cache"))
+        assert os.fstat(loading.fileno()).st_ino != os.stat(path).st_ino    # another file has taken its place
+    assert np.array_equal(np.asarray(Image.open(path)), noise(20, 20))
+    assert len(list((tmp_path / "cache").rglob("*.*"))) == 2                 # nothing else is left
+
+
 # ---- the script ----
 
 
