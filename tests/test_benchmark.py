@@ -117,7 +117,7 @@ def test_freed_memory_does_not_count():
     if benchmark.memory_now(CPU) is None or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         pytest.skip("only glibc gives memory back when asked")
     before = benchmark.memory_now(CPU)
-    small = [b"x" * 2**16 for _ in range(1024)]    # 64 MiB in pieces that share pages' neighbourhoods
+    small = [b"x" * 2**16 for _ in range(1024)]    # 64 MiB, in pieces small enough for the heap
     assert benchmark.memory_now(CPU) - before > 40
     last = b"x" * 2**16                            # above them, so that they aren't given back of themselves
     del small
