@@ -298,6 +298,19 @@ def agreement(model: MaskGIT, others: dict[str, Callable[[Tensor, Tensor | None]
     return {name: count / total for name, count in equal.items()}
 
 
+def in_bfloat16(model: MaskGIT, image: Tensor, mask: Tensor, bench: Bench) -> dict[str, MaskGIT]:
+    """The model, and what can be made of it to be faster in bfloat16 here."""
+    cuda = bench.device.type == "cuda"
+    models = {"bfloat16": model}
+    if bench.compile:
+        models["compiled"] = compiled(model)
+    if cuda:
+        models["captured"] = captured(copy.deepcopy(model), image, mask)
+    if bench.compile and cuda:
+        models["compiled and captured"] = captured(compiled(model), image, mask)
+    return models
+
+
 def compare_inpainting(model: MaskGIT, base: MaskGIT, bench: Bench) -> tuple[list[dict], dict[str, float]]:
     """Pictures a second of the default and of the reference's weights on our path, against the reference's loop."""
     T, B = bench.total_iter, bench.batch_size
@@ -320,18 +333,9 @@ def compare_inpainting(model: MaskGIT, base: MaskGIT, bench: Bench) -> tuple[lis
         small = quantise(base)
         cases.append(Case("reference weights, int8 transformer", R, lambda: complete_int8(base, small, x, m, **same)))
         others["int8"] = small.masked_logits
-    cases += [
-        Case("default, float32", B, lambda: complete(model, image, mask, B, precision="fp32", total_iter=T)),
-        Case("default, bfloat16", B, lambda: complete(model, image, mask, B, precision="bf16", total_iter=T)),
-    ]
-    faster = {"compiled": compiled(model)} if bench.compile else {}
-    if bench.device.type == "cuda":
-        faster["captured"] = captured(copy.deepcopy(model), image, mask)
-        if bench.compile:
-            faster["compiled and captured"] = captured(compiled(model), image, mask)
-    for name, fast in faster.items():
-        call = partial(complete, fast, image, mask, B, precision="bf16", total_iter=T)
-        cases.append(Case(f"default, {name}", B, call))
+    cases.append(Case("default, float32", B, lambda: complete(model, image, mask, B, precision="fp32", total_iter=T)))
+    for name, fast in in_bfloat16(model, image, mask, bench).items():
+        cases.append(Case(f"default, {name}", B, partial(complete, fast, image, mask, B, precision="bf16", total_iter=T)))
     return take_turns(cases, bench), agreement(base, others, x, m, T)
 
 
@@ -409,13 +413,13 @@ class Plan:
 
 
 def training_step(
-    plan: Plan, batch: int, device: torch.device, compiled: bool = False
+    plan: Plan, batch: int, device: torch.device, compile: bool = False
 ) -> tuple[MaskGIT, Callable[[], None]]:
     """A copy of the model and an optimizer step on it: draw holes, get tokens, forward, backward, AdamW, EMA."""
     model = copy.deepcopy(plan.model).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.transformer.parameters(), lr=1e-4, betas=(0.9, 0.96), fused=True)
-    if compiled:
+    if compile:
         model.transformer.compile_blocks()
     image, _ = draw_pictures(batch, model.image_size, device)
     cache, generator = model.vqgan.encode(image), torch.Generator(device).manual_seed(0)

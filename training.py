@@ -431,7 +431,7 @@ def loop(
                             export()
                 clock = Clock()
             stopped = agreed_signal(stop, accelerator)
-            if main and (progress.step % c.save_every == 0 or progress.step == total or stopped):
+            if main and (due(progress.step, c.save_every, total) or stopped):
                 utils.save_last(folder, state() | asdict(progress))
     if stopped and main:
         print(f"stopped by signal {stopped} after step {progress.step}; continue with --resume auto", file=sys.stderr)
@@ -439,9 +439,9 @@ def loop(
     return 128 + stopped if stopped else 0
 
 
-def due(epoch: int, every: int, epochs: int) -> bool:
-    """Whether something is done after this epoch: every so many, and after the last."""
-    return epoch % every == 0 or epoch == epochs
+def due(count: int, every: int, total: int) -> bool:
+    """Whether something is done after this epoch or step, counted from 1: after every so many, and after the last."""
+    return count % every == 0 or count == total
 
 
 def other_tokens(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
