@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import base64
+import hashlib
 import io
 import os
 import re
@@ -301,7 +302,14 @@ def test_files_to_download_are_whole_and_old_ones_go(tmp_path):
 
 
 def test_a_picture_shown_again_is_not_written_over_while_it_is_loaded(tmp_path):
-    save = demo.save_whole(demo.gr.processing_utils.save_pil_to_cache)
+    def as_gradio_does(image: Image.Image, cache_dir: str, name: str = "image", format: str = "webp") -> str:
+        image.save(buffer := io.BytesIO(), format)
+        path = Path(cache_dir) / hashlib.sha256(buffer.getvalue()).hexdigest() / f"{name}.{format}"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(buffer.getvalue())
+        return str(path.resolve())
+
+    save = demo.save_whole(as_gradio_does)
     one, other = (Image.fromarray(pixels) for pixels in (noise(20, 20), noise(20, 30)))
     path = save(one, str(tmp_path / "cache"), format="png")
     with open(path, "rb") as loading:
