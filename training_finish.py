@@ -74,7 +74,9 @@ class FinishConfig:
     discriminator_channels: int = 64    # as in stage 1
     discriminator_strided: int = 2
     perceptual_network: str = "squeezenet1_1"
-    perceptual_scales: list[int] = field(default_factory=lambda: [1, 2])    # enlargements that the network looks at
+    perceptual_scales: list[int] = field(default_factory=lambda: [1, 2])    # enlargements that the networks look at
+    second_network: str | None = None   # another perceptual network
+    second_perceptual: float = 4.0      # weight of its distance
     log_every: int = 50
     save_every: int = 200
     val_pictures: int = 256
@@ -117,6 +119,7 @@ class Run(training.Counted):
     optimizer: torch.optim.Optimizer
     optimizer_d: torch.optim.Optimizer
     features: PerceptualFeatures
+    second: PerceptualFeatures | None   # the second network
     pictures: Any               # training.FolderPictures or ShardPictures
 
     @property
@@ -181,6 +184,10 @@ def generator_terms(
         "seam": c.seam * seam_gap(pasted, image, mask).mean(),
         "detail": c.detail * detail_gap(pasted, image, mask).mean(),
     }
+    if run.second is not None:
+        with torch.no_grad():
+            other = run.second(image)
+        terms["second_perceptual"] = c.second_perceptual * perceptual_distance(run.second(pasted), other, mask).mean()
     return terms | adversarial_terms(run, image, pasted, made, mask), (image, pasted), list(zip(wanted, made, strict=True))
 
 
@@ -351,11 +358,20 @@ def with_context(model: MaskGIT) -> MaskGIT:
     return wider
 
 
-def load_features(config: FinishConfig, weights: str | None) -> PerceptualFeatures:
+def load_features(network: str, weights: str | None, scales: list[int], flag: str) -> PerceptualFeatures:
     try:
-        return PerceptualFeatures(config.perceptual_network, weights, config.perceptual_scales)
+        return PerceptualFeatures(network, weights, scales)
     except (OSError, ValueError) as error:
-        raise utils.UserError(f"no perceptual weights ({error}); give them with --perceptual-weights FILE") from error
+        raise utils.UserError(f"no perceptual weights ({error}); give them with {flag} FILE") from error
+
+
+def load_networks(c: FinishConfig, args: argparse.Namespace) -> tuple[PerceptualFeatures, PerceptualFeatures | None]:
+    first = load_features(c.perceptual_network, args.perceptual_weights, c.perceptual_scales, "--perceptual-weights")
+    if c.second_network is None:
+        if args.second_weights is not None:
+            raise utils.UserError("--second-weights is for train_finish.second_network, which is not set; set it too")
+        return first, None
+    return first, load_features(c.second_network, args.second_weights, c.perceptual_scales, "--second-weights")
 
 
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:
@@ -371,7 +387,7 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
             f"the discriminator of {args.vqgan} has another size than train_finish.discriminator_channels and "
             "discriminator_strided say"
         ) from error
-    features = training.on_main(accelerator, lambda: load_features(c, args.perceptual_weights))
+    features, second = training.on_main(accelerator, lambda: load_networks(c, args))
     pictures = training.open_pictures(args, model.image_size, c, accelerator)
     decoder = copy.deepcopy(model.vqgan.decoder).requires_grad_(True)
     layout = {"memory_format": torch.channels_last}
@@ -382,8 +398,9 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
     rates = {discriminator: c.discriminator_rate, critic: c.feature_discriminator_rate}
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
     optimizer_d = torch.optim.Adam(groups, betas=(0.5, 0.99))
-    model, features = (module.to(accelerator.device, **layout) for module in (model, features))
-    return Run(c, accelerator, model, decoder, discriminator, critic, optimizer, optimizer_d, features, pictures)
+    frozen = (model, features, second)
+    model, features, second = (None if module is None else module.to(accelerator.device, **layout) for module in frozen)
+    return Run(c, accelerator, model, decoder, discriminator, critic, optimizer, optimizer_d, features, second, pictures)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -396,6 +413,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--train-pictures", type=int, help="pictures in the shards (default: counted from their headers)")
     flag("--workers", type=int, default=0, help="processes that read shards ahead (default: none)")
     flag("--perceptual-weights", help="file with the perceptual network's weights (default: torchvision downloads them)")
+    flag("--second-weights", help="file with the weights of train_finish.second_network (default: they are downloaded)")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Perceptual distance on SqueezeNet or VGG16 features (Johnson et al. 2016; Zhang et al. 2018, LPIPS, section 3)."""
+"""Perceptual distance on an ImageNet network's features (Johnson et al. 2016; Zhang et al. 2018, LPIPS, section 3)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,8 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Layers whose outputs are compared: the ends of the resolutions and of the fire modules, as LPIPS has them.
-TAPS = {"squeezenet1_1": (1, 4, 7, 9, 10, 11, 12), "vgg16": (3, 8, 15, 22, 29)}
+# Layers whose outputs are compared: the ends of the resolutions and of the fire modules, as LPIPS has them; of EfficientNet
+# (Tan & Le 2019) the ends of its seven stages.
+TAPS = {
+    "squeezenet1_1": (1, 4, 7, 9, 10, 11, 12),
+    "vgg16": (3, 8, 15, 22, 29),
+    "tf_efficientnet_lite0": (2, 3, 4, 5, 6, 7, 8),
+}
+TIMM = {"tf_efficientnet_lite0"}    # built by timm; torchvision builds the others
+
+Layers = tuple[nn.Sequential, Sequence[float], Sequence[float]]    # and mean and standard deviation of their input's colours
 
 TYPICAL_STEP = 0.11    # mean difference of two neighbouring pixels of a cat face, in [-1, 1]
 
@@ -17,13 +25,13 @@ class PerceptualFeatures(nn.Module):
     """Frozen ImageNet features of an image at several depths.
 
     Args:
-        network: 'squeezenet1_1' or 'vgg16'.
+        network: 'squeezenet1_1', 'vgg16' or 'tf_efficientnet_lite0' (which takes timm).
         weights: a safetensors or .pth file with the network's `features` in torchvision's names ('0.weight' or
-            'features.0.weight'); None lets torchvision download its own.
+            'features.0.weight'), or the network in timm's; None lets torchvision or timm download its own.
         scales: how often to look, each time with the image so many times as large. The network knows pictures of 224 pixels;
             in one of 64 its deep layers see little but the whole.
     Raises:
-        ValueError: unknown network, scales below 1, or a file that doesn't fit.
+        ValueError: unknown network, scales below 1, a file that doesn't fit, or timm is missing.
         OSError: no file given, and the download failed.
     """
 
@@ -34,18 +42,11 @@ class PerceptualFeatures(nn.Module):
         if network not in TAPS:
             raise ValueError(f"unknown perceptual network {network!r}; expected one of {', '.join(TAPS)}")
         check_scales(scales)
-        import torchvision
-
-        build = getattr(torchvision.models, network)
-        if weights is None:
-            features = build(weights="IMAGENET1K_V1").features
-        else:
-            features = build(weights=None).features
-            features.load_state_dict(_read_features(Path(weights), features))
+        layers, mean, std = (_timm_layers if network in TIMM else _torchvision_layers)(network, weights)
         self.taps, self.scales = TAPS[network], tuple(scales)
-        self.layers = features[: self.taps[-1] + 1].eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        self.layers = layers[: self.taps[-1] + 1].eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     @property
     def widths(self) -> list[int]:
@@ -173,10 +174,37 @@ def neighbour_steps(
     return total, count
 
 
+def _torchvision_layers(network: str, weights: str | Path | None) -> Layers:
+    import torchvision
+
+    build = getattr(torchvision.models, network)
+    if weights is None:
+        features = build(weights="IMAGENET1K_V1").features
+    else:
+        features = build(weights=None).features
+        features.load_state_dict(_read_features(Path(weights), features))
+    return features, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _timm_layers(network: str, weights: str | Path | None) -> Layers:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"{network} is built by timm, which is not installed; pip install timm") from error
+    net = timm.create_model(network, pretrained=weights is None, num_classes=0)
+    if weights is not None:
+        net.load_state_dict(_read_features(Path(weights), net))
+    config = net.pretrained_cfg
+    return nn.Sequential(net.conv_stem, net.bn1, *net.blocks), config["mean"], config["std"]
+
+
 def _read_features(path: Path, features: nn.Module) -> dict[str, Tensor]:
-    """The entries of a weight file that belong to `features`, with torchvision's 'features.' prefix removed."""
+    """The entries of a weight file that belong to `features`, with torchvision's 'features.' prefix removed.
+
+    What a batch norm counts while it learns may be missing.
+    """
     if not path.is_file():
-        raise ValueError(f"perceptual weights {path} not found; give a file with torchvision's feature weights")
+        raise ValueError(f"perceptual weights {path} not found; give a file with the network's weights")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -189,7 +217,8 @@ def _read_features(path: Path, features: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f"perceptual weights {path} can't be read ({reason}); expected .safetensors or .pth") from error
     state = {str(name).removeprefix("features."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith("classifier.")}
+    state = {n: x for n, x in features.state_dict().items() if n.endswith("num_batches_tracked")} | state
     wanted = {name: value.shape for name, value in features.state_dict().items()}
     if {name: getattr(value, "shape", None) for name, value in state.items()} != wanted:
-        raise ValueError(f"perceptual weights {path} don't have the layers of torchvision's network")
+        raise ValueError(f"perceptual weights {path} don't have the layers of the network")
     return state

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 
@@ -33,6 +34,7 @@ def runs(tmp_path_factory):
 
     torch.manual_seed(0)
     save_file(squeezenet1_1(weights=None).features.state_dict(), folder / "features.safetensors")
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), folder / "second.safetensors")
     common = ["--config", "configs/tiny.yml", "--train-dir", folder / "pictures", "--val-dir", folder / "pictures"]
     common += ["--epochs", "2", "--device", "cpu"]
     weights = ["--perceptual-weights", folder / "features.safetensors"]
@@ -78,6 +80,11 @@ def finish(runs, output, *more) -> dict:
     return utils.load_checkpoint(output / "last.pt", training_finish.KIND)
 
 
+def second(runs) -> list:
+    """Flags for a second perceptual network."""
+    return ["--set", "train_finish.second_network=tf_efficientnet_lite0", "--second-weights", runs / "second.safetensors"]
+
+
 def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -114,8 +121,8 @@ def test_micro_batches_of_the_finish_add_up_to_the_batch(runs, tmp_path, new_acc
 
 def test_each_term_of_the_finish_has_a_weight_of_its_own(runs, tmp_path, new_accelerator):
     names = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "adversarial", "feature_adversarial",
-             "seam", "detail")    # fmt: skip
-    exact = ["--epochs", "1", "--set", "train_finish.precision=fp32"]
+             "seam", "detail", "second_perceptual")    # fmt: skip
+    exact = ["--epochs", "1", "--set", "train_finish.precision=fp32", *second(runs)]
     given = {name: 0.5 + i for i, name in enumerate(names)}
     usual = finish(runs, tmp_path / "usual", *exact)["config"]["train_finish"]
     finish(runs, tmp_path / "given", *exact, *(x for name in names for x in ("--set", f"train_finish.{name}={given[name]}")))
@@ -125,6 +132,19 @@ def test_each_term_of_the_finish_has_a_weight_of_its_own(runs, tmp_path, new_acc
         {name: first[name] / usual[name] for name in names}, rel=1e-4
     )
     assert other["loss"] == pytest.approx(sum(other[name] for name in names), rel=1e-4)
+
+
+def test_a_second_network_teaches_the_decoder(runs, tmp_path, new_accelerator):
+    """With nothing else to learn from, the decoder learns from it."""
+    silent = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "adversarial", "feature_adversarial",
+              "seam", "detail")    # fmt: skip
+    alone = [x for name in silent for x in ("--set", f"train_finish.{name}=0")]
+    finish(runs, tmp_path / "without", *alone)
+    finish(runs, tmp_path / "with", *alone, *second(runs))
+    assert {line["gradient_norm"] for line in metrics(tmp_path / "without") if "loss" in line} == {0}
+    lines = [line for line in metrics(tmp_path / "with") if "loss" in line]
+    assert lines and all(line["gradient_norm"] > 0 for line in lines)
+    assert all(line["loss"] == pytest.approx(line["second_perceptual"], rel=1e-3) for line in lines)
 
 
 @pytest.mark.parametrize(("share", "true"), [(0.25, 12), (0.5, 8), (0.75, 4)])
@@ -184,6 +204,10 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
     (["--set", "train_finish.sampled_share=0.01"], "sampled_share must leave pictures of both kinds"),
     (["--set", "train_finish.discriminator_channels=8"], "discriminator of"),
     (["--perceptual-weights", "none.safetensors"], "--perceptual-weights"),
+    (["--second-weights", "none.safetensors"], "--second-weights is for train_finish.second_network, which is not set"),
+    (["--set", "train_finish.second_network=tf_efficientnet_lite0", "--second-weights", "none.safetensors"],
+     "none.safetensors not found.*give them with --second-weights FILE"),
+    (["--set", "train_finish.second_network=alexnet"], "unknown perceptual network 'alexnet'; expected one of squeeze"),
     (["--model", "none.safetensors"], "not found"),
 ])
 def test_the_finish_refuses_in_a_sentence(runs, tmp_path, flags, word):

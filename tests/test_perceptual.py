@@ -1,9 +1,11 @@
-"""models/perceptual.py: features as torchvision's network gives them, distances in closed form, files that don't fit."""
+"""models/perceptual.py: features as the libraries' networks give them, distances in closed form, files that don't fit."""
 
+import sys
 from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -103,6 +105,45 @@ def test_vgg16_taps_are_the_ends_of_its_resolutions(monkeypatch, tmp_path):
     out = PerceptualFeatures("vgg16", tmp_path / "vgg.safetensors")(image)
     assert all(torch.autograd.grad(f.sum(), image, retain_graph=True)[0].isfinite().all() for f in out)
     assert [tuple(f.shape[1:]) for f in out] == [(4, 64, 64), (8, 32, 32), (16, 16, 16), (32, 8, 8), (32, 4, 4)]
+
+
+@pytest.fixture(scope="module")
+def efficientnet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("tf_efficientnet_lite0").eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left_out", ["", "num_batches_tracked", "classifier"])
+def test_efficientnet_taps_are_the_ends_of_its_stages(efficientnet, tmp_path, left_out):
+    """timm's own hooks give five of the seven (the last ones of each resolution); its pictures lie in [-1, 1]."""
+    state = {name: x for name, x in efficientnet.state_dict().items() if not left_out or left_out not in name}
+    save_file(state, tmp_path / "net.safetensors")
+    image = pictures(1, 64)
+    out = PerceptualFeatures("tf_efficientnet_lite0", tmp_path / "net.safetensors")(image)
+    assert [f.shape[1] for f in out] == [16, 24, 40, 80, 112, 192, 320]
+    _, stages = efficientnet.forward_intermediates(image)
+    assert len(stages) == 5
+    for stage, feature in zip(stages, [out[i] for i in (0, 1, 2, 4, 6)], strict=True):
+        torch.testing.assert_close(feature, stage / stage.norm(dim=1, keepdim=True).clamp_min(1e-6), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_file_timm_downloads(monkeypatch, efficientnet):
+    asked = []
+
+    def build(name, pretrained, num_classes):
+        asked.append((name, pretrained))
+        return efficientnet
+
+    monkeypatch.setattr(timm, "create_model", build)
+    PerceptualFeatures("tf_efficientnet_lite0")
+    assert asked == [("tf_efficientnet_lite0", True)]
+
+
+def test_a_missing_timm_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="tf_efficientnet_lite0 is built by timm, which is not installed; pip install timm"):
+        PerceptualFeatures("tf_efficientnet_lite0")
 
 
 def test_without_a_file_torchvision_downloads(monkeypatch, network, features):
