@@ -76,7 +76,7 @@ class FinishConfig:
     perceptual_network: str = "squeezenet1_1"
     perceptual_scales: list[int] = field(default_factory=lambda: [1, 2])    # enlargements that the networks look at
     second_network: str | None = None   # another perceptual network
-    second_perceptual: float = 4.0      # weight of its distance
+    second_perceptual: float = 6.0      # weight of its distance
     log_every: int = 50
     save_every: int = 200
     val_pictures: int = 256
