@@ -398,8 +398,8 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
     rates = {discriminator: c.discriminator_rate, critic: c.feature_discriminator_rate}
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
     optimizer_d = torch.optim.Adam(groups, betas=(0.5, 0.99))
-    frozen = (model, features, second)
-    model, features, second = (None if module is None else module.to(accelerator.device, **layout) for module in frozen)
+    for frozen in filter(None, (model, features, second)):
+        frozen.to(accelerator.device, **layout)
     return Run(c, accelerator, model, decoder, discriminator, critic, optimizer, optimizer_d, features, second, pictures)
 
 

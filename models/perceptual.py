@@ -217,8 +217,8 @@ def _read_features(path: Path, features: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f"perceptual weights {path} can't be read ({reason}); expected .safetensors or .pth") from error
     state = {str(name).removeprefix("features."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith("classifier.")}
-    state = {n: x for n, x in features.state_dict().items() if n.endswith("num_batches_tracked")} | state
-    wanted = {name: value.shape for name, value in features.state_dict().items()}
-    if {name: getattr(value, "shape", None) for name, value in state.items()} != wanted:
+    wanted = features.state_dict()
+    state = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")} | state
+    if {name: getattr(value, "shape", None) for name, value in state.items()} != {n: x.shape for n, x in wanted.items()}:
         raise ValueError(f"perceptual weights {path} don't have the layers of the network")
     return state

@@ -19,6 +19,10 @@ import utils
 from data import read_image, read_mask, write_image
 from models.maskgit import MaskGIT
 
+# Of the decoder's loss, without a second network; each is also the name of its weight.
+TERMS = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "adversarial", "feature_adversarial", "seam",
+         "detail")    # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -120,8 +124,7 @@ def test_micro_batches_of_the_finish_add_up_to_the_batch(runs, tmp_path, new_acc
 
 
 def test_each_term_of_the_finish_has_a_weight_of_its_own(runs, tmp_path, new_accelerator):
-    names = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "adversarial", "feature_adversarial",
-             "seam", "detail", "second_perceptual")    # fmt: skip
+    names = (*TERMS, "second_perceptual")
     exact = ["--epochs", "1", "--set", "train_finish.precision=fp32", *second(runs)]
     given = {name: 0.5 + i for i, name in enumerate(names)}
     usual = finish(runs, tmp_path / "usual", *exact)["config"]["train_finish"]
@@ -136,9 +139,7 @@ def test_each_term_of_the_finish_has_a_weight_of_its_own(runs, tmp_path, new_acc
 
 def test_a_second_network_teaches_the_decoder(runs, tmp_path, new_accelerator):
     """With nothing else to learn from, the decoder learns from it."""
-    silent = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "adversarial", "feature_adversarial",
-              "seam", "detail")    # fmt: skip
-    alone = [x for name in silent for x in ("--set", f"train_finish.{name}=0")]
+    alone = [x for name in TERMS for x in ("--set", f"train_finish.{name}=0")]
     finish(runs, tmp_path / "without", *alone)
     finish(runs, tmp_path / "with", *alone, *second(runs))
     assert {line["gradient_norm"] for line in metrics(tmp_path / "without") if "loss" in line} == {0}
