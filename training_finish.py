@@ -358,20 +358,22 @@ def with_context(model: MaskGIT) -> MaskGIT:
     return wider
 
 
-def load_features(network: str, weights: str | None, scales: list[int], flag: str) -> PerceptualFeatures:
+def load_features(network: str, weights: str | None, scales: list[int], advice: str) -> PerceptualFeatures:
     try:
         return PerceptualFeatures(network, weights, scales)
     except (OSError, ValueError) as error:
-        raise utils.UserError(f"no perceptual weights ({error}); give them with {flag} FILE") from error
+        raise utils.UserError(f"no perceptual weights ({error}); {advice}") from error
 
 
 def load_networks(c: FinishConfig, args: argparse.Namespace) -> tuple[PerceptualFeatures, PerceptualFeatures | None]:
-    first = load_features(c.perceptual_network, args.perceptual_weights, c.perceptual_scales, "--perceptual-weights")
+    advice = "give them with --perceptual-weights FILE"
+    first = load_features(c.perceptual_network, args.perceptual_weights, c.perceptual_scales, advice)
     if c.second_network is None:
         if args.second_weights is not None:
             raise utils.UserError("--second-weights is for train_finish.second_network, which is not set; set it too")
         return first, None
-    return first, load_features(c.second_network, args.second_weights, c.perceptual_scales, "--second-weights")
+    advice = "give them with --second-weights FILE, or do without: --set train_finish.second_network=null"
+    return first, load_features(c.second_network, args.second_weights, c.perceptual_scales, advice)
 
 
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:
