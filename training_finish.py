@@ -358,22 +358,21 @@ def with_context(model: MaskGIT) -> MaskGIT:
     return wider
 
 
-def load_features(network: str, weights: str | None, scales: list[int], advice: str) -> PerceptualFeatures:
+def load_features(network: str, weights: str | None, scales: list[int], flag: str, or_else: str = "") -> PerceptualFeatures:
     try:
         return PerceptualFeatures(network, weights, scales)
     except (OSError, ValueError) as error:
-        raise utils.UserError(f"no perceptual weights ({error}); {advice}") from error
+        raise utils.UserError(f"no perceptual weights ({error}); give them with {flag} FILE{or_else}") from error
 
 
 def load_networks(c: FinishConfig, args: argparse.Namespace) -> tuple[PerceptualFeatures, PerceptualFeatures | None]:
-    advice = "give them with --perceptual-weights FILE"
-    first = load_features(c.perceptual_network, args.perceptual_weights, c.perceptual_scales, advice)
+    first = load_features(c.perceptual_network, args.perceptual_weights, c.perceptual_scales, "--perceptual-weights")
     if c.second_network is None:
         if args.second_weights is not None:
             raise utils.UserError("--second-weights is for train_finish.second_network, which is not set; set it too")
         return first, None
-    advice = "give them with --second-weights FILE, or do without: --set train_finish.second_network=null"
-    return first, load_features(c.second_network, args.second_weights, c.perceptual_scales, advice)
+    without = ", or do without: --set train_finish.second_network=null"
+    return first, load_features(c.second_network, args.second_weights, c.perceptual_scales, "--second-weights", without)
 
 
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:

@@ -207,7 +207,8 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
     (["--perceptual-weights", "none.safetensors"], "--perceptual-weights"),
     (["--second-weights", "none.safetensors"], "--second-weights is for train_finish.second_network, which is not set"),
     (["--set", "train_finish.second_network=tf_efficientnet_lite0", "--second-weights", "none.safetensors"],
-     "none.safetensors not found.*--second-weights FILE, or do without: --set train_finish.second_network=null"),
+     "none.safetensors not found.*give them with --second-weights FILE, or do without: "
+     "--set train_finish.second_network=null"),
     (["--set", "train_finish.second_network=alexnet"], "unknown perceptual network 'alexnet'; expected one of squeeze"),
     (["--model", "none.safetensors"], "not found"),
 ])
