@@ -58,6 +58,7 @@ class FinishConfig:
     precision: str = "bf16"             # bf16 or fp32
     seed: int = 0
     rounds: int = 3                     # decoding rounds that make the sampled tokens
+    reuse: int = 1                      # epochs in a row that see the same holes and sampled tokens
     temperature: float = 1.0            # of the sampling
     context: bool = True                # let the decoder see the transformer's features, too
     plain_share: float = 0.1            # share of the true-token pictures of which nothing is known, for generate.py
@@ -83,7 +84,7 @@ class FinishConfig:
     validate_every: int = 1             # epochs between two validations
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accum_grad", "rounds", "log_every", "save_every", "val_pictures",
+        for name in ("epochs", "batch_size", "accum_grad", "rounds", "reuse", "log_every", "save_every", "val_pictures",
                      "validate_every"):    # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -121,6 +122,12 @@ class Run(training.Counted):
     features: PerceptualFeatures
     second: PerceptualFeatures | None   # the second network
     pictures: Any               # training.FolderPictures or ShardPictures
+    kept: dict[int, Tensor] = field(default_factory=dict)    # sampling seed -> tokens (N,), for the epochs that reuse them
+
+    def drawn_at(self, step: int) -> int:
+        """The step whose pictures, holes and sampled tokens this one sees: its own, or one of an epoch before."""
+        epoch, k = divmod(step, self.per_epoch)
+        return (epoch - epoch % self.config.reuse) * self.per_epoch + k
 
     @property
     def discriminators(self) -> tuple[nn.Module, nn.Module]:
@@ -150,12 +157,24 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
 @torch.no_grad()
 def mixed_tokens(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor | None]:
     """True tokens for the first pictures of the batch, sampled ones in the holes of the others: (B, N); and the context."""
-    c, true = run.config, run.true_of(image)
+    true = run.true_of(image)
     with run.accelerator.autocast():
         known = run.model.known(image, mask)
         sampled = Known(*(None if part is None else part[true:] for part in known))
-        rounds = run.model.complete_tokens(sampled, seeds[true:], total_iter=c.rounds, temperature=c.temperature)
-    return torch.cat([run.model.vqgan.encode(image[:true]), rounds[-1].tokens]), known.context
+        tokens = sampled_tokens(run, sampled, seeds[true:])
+    return torch.cat([run.model.vqgan.encode(image[:true]), tokens]), known.context
+
+
+def sampled_tokens(run: Run, known: Known, seeds: list[int]) -> Tensor:
+    """A completion's tokens for each picture: (b, N). Most of a step's time goes here, so `reuse` keeps them (a kilobyte a
+    picture) for the epochs after; a run that was resumed between them makes them again, the same ones."""
+    c = run.config
+    if all(seed in run.kept for seed in seeds):
+        return torch.stack([run.kept[seed] for seed in seeds]).to(known.tokens)
+    tokens = run.model.complete_tokens(known, seeds, total_iter=c.rounds, temperature=c.temperature)[-1].tokens
+    if c.reuse > 1:
+        run.kept |= dict(zip(seeds, tokens.to("cpu", torch.int32), strict=True))
+    return tokens
 
 
 def hole_l1(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -442,9 +461,11 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
         folder, KIND, args.resume, accelerator, configs, len(run.pictures), lambda state: restore(run, state)
     )
 
-    batches = training.Ahead(lambda step: draw_batch(run, step), threads=accelerator.device.type == "cuda")
+    batches = training.Ahead(lambda step: draw_batch(run, run.drawn_at(step)), threads=accelerator.device.type == "cuda")
 
     def step_(step: int) -> dict[str, float]:
+        if step % (c.reuse * run.per_epoch) == 0:
+            run.kept.clear()
         image, mask, seeds = batches(step)
         return train_step(run, step, image.to(accelerator.device), mask.to(accelerator.device), seeds)
 

@@ -76,7 +76,7 @@ def test_the_finish_without_a_context_adds_nothing(runs, tmp_path):
 
 
 def finish(runs, output, *more) -> dict:
-    """Two epochs of two steps of the finish; returns the last checkpoint."""
+    """Four epochs of the finish, a step each; returns the last checkpoint."""
     argv = ["--config", "configs/tiny.yml", "--train-dir", runs / "pictures", "--val-dir", runs / "pictures"]
     argv += ["--vqgan", runs / "vqgan/last.pt", "--model", runs / "maskgit/maskgit.safetensors", "--device", "cpu"]
     argv += ["--perceptual-weights", runs / "features.safetensors", "--epochs", "4", "--output-dir", output]
@@ -93,17 +93,41 @@ def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_finish_resumes_where_it_stopped(runs, tmp_path):
-    whole = finish(runs, tmp_path / "whole")
+@pytest.mark.parametrize("reuse", [1, 3])    # 3: between two epochs that see the same samples
+def test_the_finish_resumes_where_it_stopped(runs, tmp_path, reuse):
+    reused = ["--set", f"train_finish.reuse={reuse}"]
+    whole = finish(runs, tmp_path / "whole", *reused)
     previous = tmp_path / "whole/previous.pt"    # written every 2 steps: the state after step 2 of 4
     assert utils.load_checkpoint(previous, training_finish.KIND)["step"] == 2
-    again = finish(runs, tmp_path / "again", "--resume", previous)
+    again = finish(runs, tmp_path / "again", "--resume", previous, *reused)
     for part in ("decoder", "ema", "discriminator"):
         assert all(torch.equal(whole[part][name], again[part][name]) for name in whole[part])
     for part in ("optimizer", "optimizer_d"):
         for key, state in whole[part]["state"].items():
             assert all(torch.equal(value, again[part]["state"][key][name]) for name, value in state.items())
     assert metrics(tmp_path / "again") == [line for line in metrics(tmp_path / "whole") if line["step"] > 2]
+
+
+def test_samples_serve_for_several_epochs(runs, tmp_path, monkeypatch):
+    """Epochs 0 and 1 see the same pictures, holes and tokens, 2 and 3 others; the transformer fills each hole once."""
+    seen, filled = [], []
+    mixed, complete = training_finish.mixed_tokens, MaskGIT.complete_tokens
+
+    def watched(run, *batch):
+        seen.append((*batch[:2], mixed(run, *batch)[0]))
+        return seen[-1][2], None
+
+    def counted(self, known, seeds, **options):
+        filled.extend(seeds if options["total_iter"] == 3 else [])    # not those of the validation
+        return complete(self, known, seeds, **options)
+
+    monkeypatch.setattr(training_finish, "mixed_tokens", watched)
+    monkeypatch.setattr(MaskGIT, "complete_tokens", counted)
+    settings = ("reuse=2", "rounds=3", "context=false")
+    finish(runs, tmp_path / "out", *(flag for x in settings for flag in ("--set", f"train_finish.{x}")))
+    for one, other, alike in ((0, 1, True), (1, 2, False), (2, 3, True)):
+        assert [torch.equal(a, b) for a, b in zip(seen[one], seen[other], strict=True)] == [alike] * 3
+    assert len(filled) == len(set(filled)) == 2 * 12    # three quarters of a batch of 16, drawn twice
 
 
 @pytest.fixture
