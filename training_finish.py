@@ -75,9 +75,10 @@ class FinishConfig:
     discriminator_channels: int = 64    # as in stage 1
     discriminator_strided: int = 2
     perceptual_network: str = "squeezenet1_1"
-    perceptual_scales: list[int] = field(default_factory=lambda: [1, 2])    # enlargements that the networks look at
+    perceptual_scales: list[int] = field(default_factory=lambda: [1, 2])    # enlargements that the network looks at
     second_network: str | None = None   # another perceptual network
-    second_perceptual: float = 6.0      # weight of its distance
+    second_scales: list[int] = field(default_factory=lambda: [2])
+    second_perceptual: float = 16.0     # weight of its distance
     log_every: int = 50
     save_every: int = 200
     val_pictures: int = 256
@@ -99,7 +100,8 @@ class FinishConfig:
         for name in ("learning_rate", "discriminator_rate", "feature_discriminator_rate", "grad_clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        check_scales(self.perceptual_scales)
+        for name in ("perceptual_scales", "second_scales"):
+            check_scales(getattr(self, name), name)
 
     @property
     def true_pictures(self) -> int:
@@ -391,7 +393,7 @@ def load_networks(c: FinishConfig, args: argparse.Namespace) -> tuple[Perceptual
             raise utils.UserError("--second-weights is for train_finish.second_network, which is not set; set it too")
         return first, None
     without = ", or do without: --set train_finish.second_network=null"
-    return first, load_features(c.second_network, args.second_weights, c.perceptual_scales, "--second-weights", without)
+    return first, load_features(c.second_network, args.second_weights, c.second_scales, "--second-weights", without)
 
 
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:

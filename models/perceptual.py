@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Layers whose outputs are compared: the ends of the resolutions and of the fire modules, as LPIPS has them; of EfficientNet
-# (Tan & Le 2019) the ends of its seven stages.
+# (Tan & Le 2019) the ends of its last four stages, which tell better completions from worse (docs/results.md, The finish).
 TAPS = {
     "squeezenet1_1": (1, 4, 7, 9, 10, 11, 12),
     "vgg16": (3, 8, 15, 22, 29),
-    "tf_efficientnet_lite0": (2, 3, 4, 5, 6, 7, 8),
+    "tf_efficientnet_lite0": (5, 6, 7, 8),
 }
 TIMM = {"tf_efficientnet_lite0"}    # built by timm; torchvision builds the others
 
@@ -72,9 +72,9 @@ class PerceptualFeatures(nn.Module):
         return out
 
 
-def check_scales(scales: Sequence[int]) -> None:
+def check_scales(scales: Sequence[int], name: str = "scales") -> None:
     if not scales or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in scales):
-        raise ValueError(f"perceptual_scales must be whole numbers, 1 or more, at least one of them, got {list(scales)}")
+        raise ValueError(f"{name} must be whole numbers, 1 or more, at least one of them, got {list(scales)}")
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor], weight: Tensor | None = None) -> Tensor:

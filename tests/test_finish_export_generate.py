@@ -234,6 +234,8 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
      "none.safetensors not found.*give them with --second-weights FILE, or do without: "
      "--set train_finish.second_network=null"),
     (["--set", "train_finish.second_network=alexnet"], "unknown perceptual network 'alexnet'; expected one of squeeze"),
+    (["--set", "train_finish.perceptual_scales=[]"], "perceptual_scales must be whole numbers, 1 or more"),
+    (["--set", "train_finish.second_scales=[0]"], r"second_scales must be whole numbers, .* got \[0\]"),
     (["--model", "none.safetensors"], "not found"),
 ])
 def test_the_finish_refuses_in_a_sentence(runs, tmp_path, flags, word):
