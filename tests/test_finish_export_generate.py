@@ -178,7 +178,7 @@ def test_the_first_pictures_of_a_batch_keep_their_true_tokens_in_every_part(runs
     config = training_finish.FinishConfig(batch_size=16, sampled_share=share, rounds=1)
     accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
     given = {field: None for field in training_finish.Run.__dataclass_fields__}
-    run = training_finish.Run(**given | {"config": config, "model": model, "accelerator": accelerator})
+    run = training_finish.Run(**given | {"config": config, "kept": {}, "model": model, "accelerator": accelerator})
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(16, 3, model.image_size, model.image_size, generator=generator) * 2 - 1
     mask = torch.ones(16, 1, model.image_size, model.image_size)
