@@ -128,8 +128,8 @@ class Run(training.Counted):
 
     def drawn_at(self, step: int) -> int:
         """The step whose pictures, holes and sampled tokens this one sees: its own, or one of an epoch before."""
-        epoch, k = divmod(step, self.per_epoch)
-        return (epoch - epoch % self.config.reuse) * self.per_epoch + k
+        epoch = step // self.per_epoch
+        return step - epoch % self.config.reuse * self.per_epoch
 
     @property
     def discriminators(self) -> tuple[nn.Module, nn.Module]:
