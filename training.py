@@ -15,7 +15,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -454,12 +454,16 @@ def other_tokens(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None
 
 
 def trained_transformer(flag: str, path: str, model: MaskGIT) -> dict[str, Tensor]:
-    """The transformer's weights in the model file of a flag, which must be of the architecture and the tokens of `model`."""
+    """The transformer's weights in the model file of a flag, which must be of the architecture and the tokens of `model`.
+
+    Its dropout may be another: that is how it was trained, not what it is.
+    """
     try:
         trained = MaskGIT.from_file(path)
     except ValueError as error:
         raise utils.UserError(f"{flag}: {error}") from error
-    if trained.transformer.config != model.transformer.config:
+    dropouts = {name: getattr(model.transformer.config, name) for name in ("dropout", "attention_dropout")}
+    if replace(trained.transformer.config, **dropouts) != model.transformer.config:
         wanted = f"here it is {asdict(model.transformer.config)}"
         raise utils.UserError(f"{flag} {path} has another transformer, {asdict(trained.transformer.config)}; {wanted}")
     if name := other_tokens(trained.vqgan.state_dict(), model.vqgan.state_dict()):

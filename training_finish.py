@@ -9,7 +9,7 @@ every batch keeps its true tokens and the losses of stage 1, so that the decoder
 tokens from the transformer in a few rounds, and it learns to make them look like the originals: to an ImageNet network, as
 sharp on the hole's rim and inside it, real to the discriminator. From here on it also sees the transformer's features of the
 known part. The finished model, all parts in one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is
-finished further, with a new discriminator.
+finished further, with new discriminators or those of an earlier finish (`--discriminators`).
 """
 
 import argparse
@@ -77,8 +77,8 @@ class FinishConfig:
     perceptual_network: str = "squeezenet1_1"
     perceptual_scales: list[int] = field(default_factory=lambda: [1, 2])    # enlargements that the network looks at
     second_network: str | None = None   # another perceptual network
-    second_scales: list[int] = field(default_factory=lambda: [2])
-    second_perceptual: float = 16.0     # weight of its distance
+    second_scales: list[int] = field(default_factory=lambda: [1, 2, 3])
+    second_perceptual: float = 40.0     # weight of its distance over the whole picture
     log_every: int = 50
     save_every: int = 200
     val_pictures: int = 256
@@ -208,7 +208,8 @@ def generator_terms(
     if run.second is not None:
         with torch.no_grad():
             other = run.second(image)
-        terms["second_perceptual"] = c.second_perceptual * perceptual_distance(run.second(pasted), other, mask).mean()
+        # Over the whole picture: what is in a hole also changes what the deep layers see around it.
+        terms["second_perceptual"] = c.second_perceptual * perceptual_distance(run.second(pasted), other).mean()
     return terms | adversarial_terms(run, image, pasted, made, mask), (image, pasted), list(zip(wanted, made, strict=True))
 
 
@@ -396,24 +397,34 @@ def load_networks(c: FinishConfig, args: argparse.Namespace) -> tuple[Perceptual
     return first, load_features(c.second_network, args.second_weights, c.second_scales, "--second-weights", without)
 
 
+def go_on_from(path: str, state: dict, discriminator: nn.Module, critic: nn.Module | None = None) -> None:
+    """Give the discriminators the weights in the checkpoint `path`."""
+    try:
+        discriminator.load_state_dict(state["discriminator"])
+        if critic is not None:
+            critic.load_state_dict(state["feature_discriminator"])
+    except RuntimeError as error:
+        settings = "discriminator_channels, discriminator_strided, perceptual_network and perceptual_scales"
+        raise utils.UserError(
+            f"the discriminators of {path} have another size than train_finish's {settings} make"
+        ) from error
+
+
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:
     """Models, optimizers, losses and pictures, on their device."""
     model, judge = training.on_main(accelerator, lambda: load_model(args.model, args.vqgan, c.context))
     torch.manual_seed(c.seed)    # for a discriminator that begins here
     discriminator = PatchDiscriminator(c.discriminator_channels, c.discriminator_strided)
-    try:
-        if judge is not None:
-            discriminator.load_state_dict(judge)
-    except RuntimeError as error:
-        raise utils.UserError(
-            f"the discriminator of {args.vqgan} has another size than train_finish.discriminator_channels and "
-            "discriminator_strided say"
-        ) from error
     features, second = training.on_main(accelerator, lambda: load_networks(c, args))
     pictures = training.open_pictures(args, model.image_size, c, accelerator)
     decoder = copy.deepcopy(model.vqgan.decoder).requires_grad_(True)
     layout = {"memory_format": torch.channels_last}
     critic = FeatureDiscriminator(features.widths)
+    if judge is not None:
+        go_on_from(args.vqgan, {"discriminator": judge}, discriminator)
+    if args.discriminators:
+        earlier = training.on_main(accelerator, lambda: utils.load_checkpoint(args.discriminators, KIND))
+        go_on_from(args.discriminators, earlier, discriminator, critic)
     learners = (module.to(**layout) for module in (decoder, discriminator, critic))
     decoder, discriminator, critic = accelerator.prepare(*learners)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=c.learning_rate, betas=(0.9, 0.99))
@@ -432,6 +443,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--model", required=True, help="the model of stage 2 (maskgit.safetensors)")
     flag("--vqgan", help="stage-1 checkpoint (last.pt) with decoder and discriminator (default: the model's own decoder, "
                          "to finish it further, and a new discriminator)")    # fmt: skip
+    flag("--discriminators", metavar="FILE", help="a last.pt of the finish, whose discriminators go on (default: that of "
+                                                  "--vqgan, or new ones)")    # fmt: skip
     flag("--train-pictures", type=int, help="pictures in the shards (default: counted from their headers)")
     flag("--workers", type=int, default=0, help="processes that read shards ahead (default: none)")
     flag("--perceptual-weights", help="file with the perceptual network's weights (default: torchvision downloads them)")

@@ -227,7 +227,7 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
     (["--batch-size", "6", "--accum-grad", "4"], "must be divisible by processes x accum_grad"),
     (["--set", "train_finish.sampled_share=1"], "sampled_share must leave pictures of both kinds in a batch of 16, got 1"),
     (["--set", "train_finish.sampled_share=0.01"], "sampled_share must leave pictures of both kinds"),
-    (["--set", "train_finish.discriminator_channels=8"], "discriminator of"),
+    (["--set", "train_finish.discriminator_channels=8"], "discriminators of .* have another size"),
     (["--perceptual-weights", "none.safetensors"], "--perceptual-weights"),
     (["--second-weights", "none.safetensors"], "--second-weights is for train_finish.second_network, which is not set"),
     (["--set", "train_finish.second_network=tf_efficientnet_lite0", "--second-weights", "none.safetensors"],
@@ -236,6 +236,7 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
     (["--set", "train_finish.second_network=alexnet"], "unknown perceptual network 'alexnet'; expected one of squeeze"),
     (["--set", "train_finish.perceptual_scales=[]"], "perceptual_scales must be whole numbers, 1 or more"),
     (["--set", "train_finish.second_scales=[0]"], r"second_scales must be whole numbers, .* got \[0\]"),
+    (["--discriminators", "none.pt"], "none.pt"),
     (["--model", "none.safetensors"], "not found"),
 ])
 def test_the_finish_refuses_in_a_sentence(runs, tmp_path, flags, word):
@@ -268,6 +269,19 @@ def test_a_finished_model_is_finished_further(runs, tmp_path):
     word = "train_finish.context is false, and the decoder of .* takes the transformer's features"
     with pytest.raises(utils.UserError, match=word):
         go_on(runs, training_finish, tmp_path / "plain", "train_finish", *argv, "--set", "train_finish.context=false")
+
+
+def test_the_finish_goes_on_with_the_discriminators_of_another(runs, tmp_path, new_accelerator):
+    """Those of the first finish, not those that a new run begins with."""
+    before = utils.load_checkpoint(runs / "finish/last.pt", training_finish.KIND)
+    argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
+    argv += ["--discriminators", runs / "finish/last.pt"]
+    slow = ["--set", "train_finish.discriminator_rate=1e-12", "--set", "train_finish.feature_discriminator_rate=1e-12"]
+    go_on(runs, training_finish, tmp_path / "out", "train_finish", *argv, *slow)
+    after = utils.load_checkpoint(tmp_path / "out/last.pt", training_finish.KIND)
+    for part in ("discriminator", "feature_discriminator"):
+        weights = {n: x for n, x in before[part].items() if not n.endswith(("_u", "_v"))}    # the norms' vectors turn on
+        assert all(torch.allclose(after[part][name], value, atol=1e-6) for name, value in weights.items())
 
 
 def test_given_stage_1_the_finish_of_a_finished_model_begins_anew(runs, tmp_path):
@@ -314,6 +328,14 @@ def test_export_takes_the_transformer_of_one_and_the_decoder_of_the_other(runs, 
     assert model.vqgan.state_dict().keys() == finished.keys()
     for name, value in model.vqgan.state_dict().items():
         assert torch.equal(value.half(), finished[name].half())
+
+
+def test_dropout_may_change_when_stage_2_goes_on(runs, tmp_path):
+    finished = runs / "finish/maskgit.safetensors"
+    argv = ["--vqgan", finished, "--init", finished, "--set", "transformer.dropout=0.3"]
+    model = go_on(runs, training_transformer, tmp_path / "out", "train_transformer", *argv)
+    assert model.transformer.config.dropout == 0.3
+    assert equal_in_half(model.transformer.state_dict(), MaskGIT.from_file(finished).transformer.state_dict())
 
 
 def test_stage_2_starts_from_a_finished_model_without_its_context(runs):
