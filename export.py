@@ -5,8 +5,9 @@
 `--transformer` is a stage-2 checkpoint (its averaged weights are taken). `--vqgan` replaces the VQGAN inside it by a better
 one for the same tokens: a stage-1 checkpoint or a model file, e.g. of training_finish.py. `--average` names a model that the
 stage-2 training began from (--init): the mean of both transformers is often better than either (model soups, Wortsman et al.
-2022, https://arxiv.org/abs/2203.05482). `--eight-bit` rounds most weights to 8 bits: the file is little more than half as
-large, its tokens are the same, and it completes a little otherwise (docs/training.md says by how much).
+2022, https://arxiv.org/abs/2203.05482). `--average-decoder` does the same for the decoder and a model that the finish went
+on from. `--eight-bit` rounds most weights to 8 bits: the file is little more than half as large, its tokens are the same,
+and it completes a little otherwise (docs/training.md says by how much).
 """
 
 import argparse
@@ -29,6 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--transformer", required=True, help="stage-2 checkpoint (last.pt or best.pt)")
     parser.add_argument("--vqgan", help="stage-1 checkpoint or .safetensors model with a better decoder for the same tokens")
     parser.add_argument("--average", metavar="FILE", help="model whose transformer is averaged with the checkpoint's")
+    parser.add_argument("--average-decoder", metavar="FILE", help="model whose decoder is averaged with the one here")
     parser.add_argument("--output", required=True, help="the .safetensors file to write")
     parser.add_argument("--eight-bit", action="store_true", help="round most weights to 8 bits, for a smaller file")
     parser.add_argument("--note", action="append", default=[], metavar="KEY=VALUE", help="goes into the file's metadata")
@@ -61,11 +63,9 @@ def assemble(transformer: str, vqgan: str | None) -> MaskGIT:
     return model.eval()
 
 
-def average(model: MaskGIT, path: str) -> None:
-    """Put the mean of its own transformer and that of another model into `model`."""
-    theirs = training.trained_transformer("--average", path, model)
-    mean = {name: (value + theirs[name]) / 2 for name, value in model.transformer.state_dict().items()}
-    model.transformer.load_state_dict(mean)
+def average(part: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> None:
+    """Give `part` the mean of its own weights and another's."""
+    part.load_state_dict({name: (value + theirs[name]) / 2 for name, value in part.state_dict().items()})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         raise utils.UserError(f"--note must be KEY=VALUE with a key other than {', '.join(sorted(RESERVED))}")
     model = assemble(args.transformer, args.vqgan)
     if args.average:
-        average(model, args.average)
+        average(model.transformer, training.trained_transformer("--average", args.average, model))
+    if args.average_decoder:
+        theirs = training.trained_decoder("--average-decoder", args.average_decoder, model)
+        average(model.vqgan.decoder, theirs)
     utils.writable_folder(Path(args.output).parent)
     model.save_file(args.output, eight_bit=args.eight_bit, **notes)
     print(f"wrote {args.output} ({Path(args.output).stat().st_size / 1e6:.1f} MB)")

@@ -453,22 +453,34 @@ def other_tokens(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None
     return next((n for n in names if n not in one or not torch.equal(one[n].cpu().half(), other[n].cpu().half())), None)
 
 
+def other_model(flag: str, path: str, model: MaskGIT) -> MaskGIT:
+    """The model file of a flag, which must have the tokens of `model`."""
+    try:
+        other = MaskGIT.from_file(path)
+    except ValueError as error:
+        raise utils.UserError(f"{flag}: {error}") from error
+    if name := other_tokens(other.vqgan.state_dict(), model.vqgan.state_dict()):
+        raise utils.UserError(f"{flag} {path} was trained on other tokens than those of the VQGAN here: {name} differs")
+    return other
+
+
 def trained_transformer(flag: str, path: str, model: MaskGIT) -> dict[str, Tensor]:
     """The transformer's weights in the model file of a flag, which must be of the architecture and the tokens of `model`.
 
     Its dropout may be another: that is how it was trained, not what it is.
     """
-    try:
-        trained = MaskGIT.from_file(path)
-    except ValueError as error:
-        raise utils.UserError(f"{flag}: {error}") from error
-    dropouts = {name: getattr(model.transformer.config, name) for name in ("dropout", "attention_dropout")}
-    if replace(trained.transformer.config, **dropouts) != model.transformer.config:
-        wanted = f"here it is {asdict(model.transformer.config)}"
-        raise utils.UserError(f"{flag} {path} has another transformer, {asdict(trained.transformer.config)}; {wanted}")
-    if name := other_tokens(trained.vqgan.state_dict(), model.vqgan.state_dict()):
-        raise utils.UserError(f"{flag} {path} was trained on other tokens than those of the VQGAN here: {name} differs")
-    return trained.transformer.state_dict()
+    trained, here = other_model(flag, path, model).transformer, model.transformer.config
+    if replace(trained.config, dropout=here.dropout, attention_dropout=here.attention_dropout) != here:
+        raise utils.UserError(f"{flag} {path} has another transformer, {asdict(trained.config)}; here it is {asdict(here)}")
+    return trained.state_dict()
+
+
+def trained_decoder(flag: str, path: str, model: MaskGIT) -> dict[str, Tensor]:
+    """Like `trained_transformer`, of the decoder."""
+    trained, here = other_model(flag, path, model).vqgan, model.vqgan.config
+    if trained.config != here:
+        raise utils.UserError(f"{flag} {path} has another VQGAN, {asdict(trained.config)}; here it is {asdict(here)}")
+    return trained.decoder.state_dict()
 
 
 def export(model: Any, path: Path, **notes: str) -> None:

@@ -370,6 +370,23 @@ def test_export_averages_two_transformers(runs, tmp_path):
     assert "--average: checkpoint none not found" in refused(export, *argv, "--average", "none")
 
 
+def test_export_averages_two_decoders(runs, tmp_path):
+    mine = MaskGIT.from_file(runs / "finish/maskgit.safetensors").vqgan.decoder.state_dict()
+    other = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    for parameter in other.vqgan.decoder.parameters():
+        parameter.data += 0.5
+    other.save_file(tmp_path / "other.safetensors")
+    theirs = MaskGIT.from_file(tmp_path / "other.safetensors").vqgan.decoder.state_dict()
+    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
+    argv += ["--output", tmp_path / "model.safetensors", "--average-decoder"]
+    run(export, *argv, tmp_path / "other.safetensors")
+    for name, value in MaskGIT.from_file(tmp_path / "model.safetensors").vqgan.decoder.state_dict().items():
+        assert torch.equal(value.half(), ((mine[name] + theirs[name]) / 2).half())
+    told = refused(export, *argv, runs / "maskgit/maskgit.safetensors")    # its decoder takes no features
+    assert "--average-decoder" in told and "has another VQGAN, {" in told and "'context_dim': 0" in told
+    assert "--average-decoder: checkpoint none not found" in refused(export, *argv, "none")
+
+
 def test_export_in_eight_bits_keeps_the_tokens(runs, tmp_path):
     argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
     run(export, *argv, "--output", tmp_path / "half.safetensors")
