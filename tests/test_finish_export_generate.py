@@ -172,6 +172,26 @@ def test_a_second_network_teaches_the_decoder(runs, tmp_path, new_accelerator):
     assert all(line["loss"] == pytest.approx(line["second_perceptual"], rel=1e-3) for line in lines)
 
 
+def test_the_first_network_looks_at_the_hole_and_the_second_at_the_whole_picture(runs, monkeypatch):
+    """With networks that see the pixels as they are, in a hole of a quarter: one mean is four times the other."""
+    monkeypatch.setattr(training_finish, "adversarial_terms", lambda *_: {})
+    model = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    config = training_finish.FinishConfig(batch_size=4, perceptual=1.0, sampled_perceptual=1.0, second_perceptual=1.0)
+    given = {field: None for field in training_finish.Run.__dataclass_fields__}
+    parts = {"model": model, "decoder": model.vqgan.decoder, "features": lambda x: [x], "second": lambda x: [x]}
+    run = training_finish.Run(**given | {"config": config} | parts)
+    image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(4, 1, 32, 32)
+    mask[:, :, 8:24, 8:24] = 1
+    with torch.no_grad():
+        terms, (original, pasted), _ = training_finish.generator_terms(run, image, mask, model.vqgan.encode(image), None)
+    whole = (pasted - original).square().sum(1).mean((1, 2))    # (4,)
+    assert whole.min() > 0.01
+    assert terms["second_perceptual"].item() == pytest.approx(whole.mean().item(), rel=1e-4)
+    assert terms["perceptual"].item() == pytest.approx(4 * whole[:1].mean().item(), rel=1e-4)
+    assert terms["sampled_perceptual"].item() == pytest.approx(4 * whole[1:].mean().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize(("share", "true"), [(0.25, 12), (0.5, 8), (0.75, 4)])
 def test_the_first_pictures_of_a_batch_keep_their_true_tokens_in_every_part(runs, share, true):
     model = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
