@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.dropout import dropout
+
 
 class HeadNorm(nn.RMSNorm):
     """RMS norm over the channels of a head, in the precision of its input (mixed precisions would miss the fast kernel)."""
@@ -44,8 +46,9 @@ class MultiHeadAttention(nn.Module):
         qkv = self.qkv(x).view(B, N, self.num_heads, 3 * self.head_dim)    # (B, N, heads, 3 d)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)                     # each (B, heads, N, d)
         q, k = self.q_norm(q), self.k_norm(k)
-        # On CPUs the fused kernel takes twice as long as two matrix products in bfloat16; in float32 it is the faster one.
-        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        # On CPUs the fused kernel takes twice as long as two matrix products in bfloat16; in float32 it is the faster one,
+        # but knows no dropout.
+        slow = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or (self.training and self.dropout > 0))
         attend = self._fused if self.fused and not slow else self._explicit
         out = attend(q, k, v)                                              # (B, heads, N, d)
         return self.proj(out.transpose(1, 2).reshape(B, N, D))             # heads side by side again
@@ -55,7 +58,7 @@ class MultiHeadAttention(nn.Module):
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)           # (B, heads, N, N)
-        weights = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
+        weights = dropout(scores.softmax(dim=-1), self.dropout, self.training)
         return weights @ v                                                 # (B, heads, N, d)
 
 

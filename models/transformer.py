@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import MultiHeadAttention
+from models.dropout import Dropout
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Block(nn.Module):
         self.attention = MultiHeadAttention(D, config.num_heads, config.attention_dropout, config.qk_norm)
         self.norm2 = nn.LayerNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.mlp_dim), nn.GELU(), nn.Linear(config.mlp_dim, D))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
         """x: (B, N, D).  Returns (B, N, D), or (M, D) at the M flat positions `wanted`: the MLP sees each token alone."""
@@ -80,7 +81,7 @@ class BidirectionalTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(config.seq_len, D))
         self.pixel_embed = nn.Linear(config.pixel_dim, D) if config.pixel_dim else None
         self.embed_norm = nn.LayerNorm(D)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
         # blocks
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
