@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.attention import MultiHeadAttention
-from models.dropout import Dropout
+from models.attention import Dropout, MultiHeadAttention
 
 
 @dataclass

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.dropout import LEVELS, Dropout, dropout
+from models.attention import LEVELS, Dropout, dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -42,7 +42,7 @@ train_vqgan: {epochs: 4, batch_size: 8, accum_grad: 2, learning_rate: 1e-3, warm
               log_every: 1, save_every: 2, sample_every: 1, val_pictures: 5}
 transformer: {codebook_size: 32, seq_len: 16, embed_dim: 16, depth: 1, num_heads: 2, mlp_dim: 32, dropout: 0.1,
               attention_dropout: 0.1, pre_norm: true, qk_norm: true, pixel_dim: 64}
-train_transformer: {epochs: 4, batch_size: 8, accum_grad: 2, optimizer: muon, learning_rate: 0.1,
+train_transformer: {epochs: 4, batch_size: 8, accum_grad: 2, optimizer: muon, seed: 1, learning_rate: 0.2,
                     rate_schedule: plateau, plateau_patience: 0, ema_decay: 0.5, log_every: 1, save_every: 2,
                     sample_every: 2, val_pictures: 5}
 """
