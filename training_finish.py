@@ -397,17 +397,20 @@ def load_networks(c: FinishConfig, args: argparse.Namespace) -> tuple[Perceptual
     return first, load_features(c.second_network, args.second_weights, c.second_scales, "--second-weights", without)
 
 
-def go_on_from(path: str, state: dict, discriminator: nn.Module, critic: nn.Module | None = None) -> None:
-    """Give the discriminators the weights in the checkpoint `path`."""
+def load_judges(path: str) -> dict[str, dict]:
+    """The weights of both discriminators in a checkpoint of the finish; its rest need not reach the other processes."""
+    state = utils.load_checkpoint(path, KIND)
+    return {name: state[name] for name in ("discriminator", "feature_discriminator")}
+
+
+def go_on_from(path: str, state: dict, discriminators: dict[str, nn.Module]) -> None:
+    """Give the discriminators the weights that the checkpoint `path` has of them: stage 1's has no feature discriminator."""
     try:
-        discriminator.load_state_dict(state["discriminator"])
-        if critic is not None:
-            critic.load_state_dict(state["feature_discriminator"])
+        for name in discriminators.keys() & state.keys():
+            discriminators[name].load_state_dict(state[name])
     except RuntimeError as error:
-        settings = "discriminator_channels, discriminator_strided, perceptual_network and perceptual_scales"
-        raise utils.UserError(
-            f"the discriminators of {path} have another size than train_finish's {settings} make"
-        ) from error
+        settings = "train_finish's discriminator_channels, discriminator_strided, perceptual_network and perceptual_scales"
+        raise utils.UserError(f"the discriminators of {path} have another size than {settings} make") from error
 
 
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:
@@ -420,11 +423,12 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
     decoder = copy.deepcopy(model.vqgan.decoder).requires_grad_(True)
     layout = {"memory_format": torch.channels_last}
     critic = FeatureDiscriminator(features.widths)
-    if judge is not None:
-        go_on_from(args.vqgan, {"discriminator": judge}, discriminator)
+    judges = {"discriminator": discriminator, "feature_discriminator": critic}
     if args.discriminators:
-        earlier = training.on_main(accelerator, lambda: utils.load_checkpoint(args.discriminators, KIND))
-        go_on_from(args.discriminators, earlier, discriminator, critic)
+        earlier = training.on_main(accelerator, lambda: load_judges(args.discriminators))
+        go_on_from(args.discriminators, earlier, judges)
+    elif judge is not None:
+        go_on_from(args.vqgan, {"discriminator": judge}, judges)
     learners = (module.to(**layout) for module in (decoder, discriminator, critic))
     decoder, discriminator, critic = accelerator.prepare(*learners)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=c.learning_rate, betas=(0.9, 0.99))
