@@ -82,12 +82,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * kept.view(x.shape).to(x.dtype).mul_(LEVELS / (LEVELS - dropped))
 
 
-class Dropout(nn.Module):
-    """`dropout` as a layer."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
+class Dropout(nn.Dropout):
+    """PyTorch's layer, which checks p, with the `dropout` above."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, self.training)
