@@ -353,7 +353,7 @@ def build_run(
     discriminator = build_discriminator(c)
     ema = copy.deepcopy(vqgan).eval().requires_grad_(False).to(accelerator.device)
     features = load_features(c, weights)
-    features = features.to(accelerator.device, memory_format=torch.channels_last) if features else None
+    features = features.place(accelerator.device) if features else None
     vqgan, discriminator = accelerator.prepare(vqgan, discriminator.to(memory_format=torch.channels_last))
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=c.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=c.discriminator_rate, betas=(0.5, 0.99), weight_decay=0.0)

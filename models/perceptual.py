@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # Layers whose outputs are compared: the ends of the resolutions and of the fire modules, as LPIPS has them; of EfficientNet
 # (Tan & Le 2019) the ends of its last four stages, which tell better completions from worse (docs/results.md, The finish).
@@ -44,9 +45,17 @@ class PerceptualFeatures(nn.Module):
         check_scales(scales)
         layers, mean, std = (_timm_layers if network in TIMM else _torchvision_layers)(network, weights)
         self.taps, self.scales = TAPS[network], tuple(scales)
+        self.layout: torch.memory_format | None = None    # of what the layers get; None: as it comes
         self.layers = layers[: self.taps[-1] + 1].eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def place(self, device: torch.device) -> "PerceptualFeatures":
+        """Move to a device, in the layout that is fastest there: channels last, but on CUDA not where each channel has a
+        convolution of its own (EfficientNet-Lite0, forward and backward on an H100: 36 ms in place of 64)."""
+        alone = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in self.modules())
+        self.layout = torch.contiguous_format if alone and device.type == "cuda" else torch.channels_last
+        return self.to(device, memory_format=self.layout)
 
     @property
     def widths(self) -> list[int]:
@@ -58,6 +67,8 @@ class PerceptualFeatures(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         """image: (B, 3, H, W) in [-1, 1].  Returns feature maps (B, C, h, w), each position scaled to unit length."""
         x = ((image + 1) / 2 - self.mean) / self.std                               # (B, 3, H, W)
+        if self.layout is not None:
+            x = x.contiguous(memory_format=self.layout)
         out: list[Tensor] = []
         for scale in self.scales:
             out += self._at(x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear"))
@@ -195,7 +206,21 @@ def _timm_layers(network: str, weights: str | Path | None) -> Layers:
     if weights is not None:
         net.load_state_dict(_read_features(Path(weights), net))
     config = net.pretrained_cfg
+    fold_norms(net.eval())
     return nn.Sequential(net.conv_stem, net.bn1, *net.blocks), config["mean"], config["std"]
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Make every batch norm a part of the convolution before it, which computes the same in a pass over memory less."""
+    convolution = ""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), child))
+            setattr(module, name, child.act)    # timm's batch norm holds its activation
+        elif isinstance(child, nn.Conv2d):
+            convolution = name
+        else:
+            fold_norms(child)
 
 
 def _read_features(path: Path, features: nn.Module) -> dict[str, Tensor]:

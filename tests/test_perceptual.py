@@ -1,5 +1,6 @@
 """models/perceptual.py: features as the libraries' networks give them, distances in closed form, files that don't fit."""
 
+import copy
 import sys
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -109,8 +110,14 @@ def test_vgg16_taps_are_the_ends_of_its_resolutions(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def efficientnet() -> torch.nn.Module:
+    """Random weights, and batch norms that have seen something: mean, spread, scale and shift differ from 0 and 1."""
     torch.manual_seed(0)
-    return timm.create_model("tf_efficientnet_lite0").eval()
+    net = timm.create_model("tf_efficientnet_lite0").eval()
+    for norm in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        for values, low, high in ((norm.running_mean, -0.3, 0.3), (norm.running_var, 0.5, 2), (norm.weight, 0.5, 1.5),
+                                  (norm.bias, 0.2, 0.8)):    # fmt: skip
+            torch.nn.init.uniform_(values, low, high)
+    return net
 
 
 @torch.no_grad()
@@ -127,15 +134,35 @@ def test_efficientnet_taps_are_the_ends_of_its_last_four_stages(efficientnet, tm
         torch.testing.assert_close(feature, stage / stage.norm(dim=1, keepdim=True).clamp_min(1e-6), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_layout_changes_how_a_network_computes_and_not_what(efficientnet, tmp_path, monkeypatch):
+    """On CUDA a network whose channels have convolutions of their own gets pictures in rows, others channels last."""
+    save_file(efficientnet.state_dict(), tmp_path / "net.safetensors")
+    network = PerceptualFeatures("tf_efficientnet_lite0", tmp_path / "net.safetensors")
+    image = pictures(1, 64)
+    before = network(image)
+    assert network.place(torch.device("cpu")).layout == torch.channels_last
+    for one, other in zip(before, network(image), strict=True):
+        assert other.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(PerceptualFeatures, "to", lambda self, device, memory_format: self)
+    assert network.place(torch.device("cuda")).layout == torch.contiguous_format
+    plain = PerceptualFeatures.__new__(PerceptualFeatures)
+    torch.nn.Module.__init__(plain)
+    plain.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    assert plain.place(torch.device("cuda")).layout == torch.channels_last
+
+
 def test_without_a_file_timm_downloads(monkeypatch, efficientnet):
     asked = []
 
     def build(name, pretrained, num_classes):
         asked.append((name, pretrained))
-        return efficientnet
+        return copy.deepcopy(efficientnet)
 
     monkeypatch.setattr(timm, "create_model", build)
-    PerceptualFeatures("tf_efficientnet_lite0")
+    features = PerceptualFeatures("tf_efficientnet_lite0")
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in features.modules())    # all are folded
     assert asked == [("tf_efficientnet_lite0", True)]
 
 
