@@ -14,9 +14,10 @@ finished further, with new discriminators or those of an earlier finish (`--disc
 
 import argparse
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -109,6 +110,15 @@ class FinishConfig:
         return self.batch_size - round(self.sampled_share * self.batch_size)
 
 
+class Batch(NamedTuple):
+    """This process's part of the batch of one optimizer step, on its device; b = B / processes."""
+
+    image: Tensor              # (b, 3, H, W) in [-1, 1]
+    mask: Tensor               # (b, 1, H, W), 1 = hole
+    tokens: Tensor             # (b, N), true ones of the first pictures, sampled ones in the holes of the others
+    context: Tensor | None     # (b, N, D), where the decoder takes it
+
+
 @dataclass
 class Run(training.Counted):
     """Everything that a step needs."""
@@ -124,6 +134,9 @@ class Run(training.Counted):
     features: PerceptualFeatures
     second: PerceptualFeatures | None   # the second network
     pictures: Any               # training.FolderPictures or ShardPictures
+    drawn: Callable[[int], tuple] | None = None    # `draw_batch` of a step, ahead of time
+    capture: bool = False       # --capture
+    captured: Callable[[Batch], dict[str, Tensor]] | None = None    # `gradients`, from the first step on
     kept: dict[int, Tensor] = field(default_factory=dict)    # sampling seed -> tokens (N,), for the epochs that reuse them
 
     def drawn_at(self, step: int) -> int:
@@ -154,6 +167,15 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
     holes[: len(plain)] |= plain
     seeds = [utils.seeded(c.seed, "finish sample", step, i).initial_seed() for i in range(c.batch_size)]
     return torch.where(mirrored[mine], image.flip(3), image), holes[mine].float(), seeds[mine]
+
+
+def sampled_batch(run: Run, step: int) -> Batch:
+    """A step's batch with its tokens: nothing in it learns, so on a GPU it is made while the step before it runs."""
+    if step % (run.config.reuse * run.per_epoch) == 0:
+        run.kept.clear()
+    image, mask, seeds = run.drawn(step)
+    image, mask = (x.to(run.accelerator.device, non_blocking=True) for x in (image, mask))
+    return Batch(image, mask, *mixed_tokens(run, image, mask, seeds))
 
 
 @torch.no_grad()
@@ -242,21 +264,48 @@ def mean_of(terms: list[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def micro_step(run: Run, image: Tensor, mask: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+def micro_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     """Forward and backward of decoder and discriminators on one micro-batch; gradients add up. Returns the terms."""
     accelerator, share = run.accelerator, run.config.accum_grad
-    tokens, context = mixed_tokens(run, image, mask, seeds)
     with accelerator.autocast():
-        terms, images, features = generator_terms(run, image, mask, tokens, context)
+        terms, images, features = generator_terms(run, *batch)
     terms["loss"] = sum(terms.values())
     accelerator.backward(terms["loss"] / share)
     with accelerator.autocast():
-        judged = discriminator_terms(run, images, features, mask)
+        judged = discriminator_terms(run, images, features, batch.mask)
     accelerator.backward(sum(judged.values()) / share)
     return {name: term.detach() for name, term in (terms | judged).items()}
 
 
-def train_step(run: Run, step: int, image: Tensor, mask: Tensor, seeds: list[int]) -> dict[str, float]:
+def gradients(run: Run, batch: Batch) -> dict[str, Tensor]:
+    """The gradients of one optimizer step. Returns the terms, averaged over micro-batches.
+
+    No number is read back from the device here, so that all of it can be captured.
+    """
+    accelerator, parts = run.accelerator, run.config.accum_grad
+    for optimizer in (run.optimizer, run.optimizer_d):
+        optimizer.zero_grad(set_to_none=True)
+    accelerator.unwrap_model(run.feature_discriminator).renew_norms()
+    totals: dict[str, Tensor] = {}
+    for micro in range(parts):
+        part = Batch(*(None if x is None else x[micro::parts] for x in batch))
+        with training.local_gradients(accelerator, micro < parts - 1, run.decoder, *run.discriminators):
+            terms = micro_step(run, part)
+        totals = {name: totals.get(name, 0) + term / parts for name, term in terms.items()}
+    return totals
+
+
+def capture(run: Run, batch: Batch) -> Callable[[Batch], dict[str, Tensor]]:
+    """`gradients` as one CUDA graph, for batches like this one."""
+    buffers = list(run.accelerator.unwrap_model(run.feature_discriminator).buffers())
+    before = [buffer.clone() for buffer in buffers]
+    graph = training.Captured(lambda *parts: gradients(run, Batch(*parts)), batch)
+    for buffer, value in zip(buffers, before, strict=True):    # the spectral norms were renewed while it warmed up
+        buffer.copy_(value)
+    return lambda batch: graph(*batch)
+
+
+def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
     """One optimizer step. Returns the terms, averaged over micro-batches and processes.
 
     Raises:
@@ -265,23 +314,16 @@ def train_step(run: Run, step: int, image: Tensor, mask: Tensor, seeds: list[int
     c, accelerator = run.config, run.accelerator
     rate = utils.cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps)
     utils.set_rate(run.optimizer, rate)
-    optimizers = (run.optimizer, run.optimizer_d)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    accelerator.unwrap_model(run.feature_discriminator).renew_norms()
-    totals: dict[str, Tensor] = {}
-    for micro in range(c.accum_grad):
-        part = slice(micro, None, c.accum_grad)
-        with training.local_gradients(accelerator, micro < c.accum_grad - 1, run.decoder, *run.discriminators):
-            terms = micro_step(run, image[part], mask[part], seeds[part])
-        totals = {name: totals.get(name, 0) + term / c.accum_grad for name, term in terms.items()}
+    if run.capture and run.captured is None:
+        run.captured = capture(run, batch)
+    totals = dict(run.captured(batch) if run.capture else gradients(run, batch))
     totals["gradient_norm"] = accelerator.clip_grad_norm_(run.decoder.parameters(), c.grad_clip)
     totals["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
         [x for module in run.discriminators for x in module.parameters()], c.grad_clip
     )
     values = utils.average_over_processes(totals, accelerator)
     training.check_all_finite(values, step)
-    for optimizer in optimizers:
+    for optimizer in (run.optimizer, run.optimizer_d):
         optimizer.step()
     average = run.model.vqgan.decoder
     utils.update_ema(average, accelerator.unwrap_model(run.decoder), utils.ema_decay_at(step, c.ema_decay))
@@ -435,9 +477,13 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
     rates = {discriminator: c.discriminator_rate, critic: c.feature_discriminator_rate}
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
     optimizer_d = torch.optim.Adam(groups, betas=(0.5, 0.99))
-    for frozen in filter(None, (model, features, second)):
-        frozen.to(accelerator.device, **layout)
-    return Run(c, accelerator, model, decoder, discriminator, critic, optimizer, optimizer_d, features, second, pictures)
+    model.to(accelerator.device, **layout)
+    for network in filter(None, (features, second)):
+        network.place(accelerator.device)
+    return Run(
+        c, accelerator, model, decoder, discriminator, critic, optimizer, optimizer_d, features, second, pictures,
+        capture=args.capture,
+    )    # fmt: skip
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -452,6 +498,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--train-pictures", type=int, help="pictures in the shards (default: counted from their headers)")
     flag("--workers", type=int, default=0, help="processes that read shards ahead (default: none)")
     flag("--perceptual-weights", help="file with the perceptual network's weights (default: torchvision downloads them)")
+    flag("--capture", action="store_true", help="capture a step's gradients as one CUDA graph: faster on a GPU")
     flag("--second-weights", help="file with the weights of train_finish.second_network (default: they are downloaded)")
     return parser.parse_args(argv)
 
@@ -463,6 +510,9 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = training.start(args.device, config.precision)
     with training.errors_told_once(accelerator, args.output_dir):
         utils.check_split(config.batch_size, config.accum_grad, accelerator)
+        if args.capture and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+            here = f"{accelerator.num_processes} on {accelerator.device.type}"
+            raise utils.UserError(f"--capture is for one process on a CUDA device, here there are {here}; leave it out")
         parts, true = accelerator.num_processes * config.accum_grad, config.true_pictures
         if true % parts:
             message = f"must be a multiple of processes x accum_grad ({parts}); change batch_size or sampled_share"
@@ -480,13 +530,15 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
         folder, KIND, args.resume, accelerator, configs, len(run.pictures), lambda state: restore(run, state)
     )
 
-    batches = training.Ahead(lambda step: draw_batch(run, run.drawn_at(step)), threads=accelerator.device.type == "cuda")
+    cuda = accelerator.device.type == "cuda"
+    threads = 8 if isinstance(run.pictures, training.FolderPictures) else 1    # shards are read in order
+    run.drawn = training.Ahead(lambda step: draw_batch(run, run.drawn_at(step)), threads if cuda else 0)
+    sampled = training.Ahead(training.beside(accelerator.device, lambda step: sampled_batch(run, step)), int(cuda))
 
     def step_(step: int) -> dict[str, float]:
-        if step % (c.reuse * run.per_epoch) == 0:
-            run.kept.clear()
-        image, mask, seeds = batches(step)
-        return train_step(run, step, image.to(accelerator.device), mask.to(accelerator.device), seeds)
+        # The graph is captured while nothing else runs.
+        alone = run.capture and run.captured is None
+        return train_step(run, step, sampled_batch(run, step) if alone else sampled(step))
 
     def validate_(epoch: int) -> dict[str, float] | None:
         if not training.due(epoch, c.validate_every, c.epochs):

@@ -1,6 +1,7 @@
 """The steps after stage 2: finish the decoder, put the parts into one file, make pictures from nothing."""
 
 import contextlib
+import copy
 import json
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import export
 import generate
@@ -211,6 +213,62 @@ def test_the_first_pictures_of_a_batch_keep_their_true_tokens_in_every_part(runs
             assert kept.tolist() == [True] * (true // parts) + [False] * ((16 - true) // parts)
 
 
+def built_run(runs, output, device: str, *more) -> training_finish.Run:
+    """A run of the finish, before its first step."""
+    argv = ["--config", "configs/tiny.yml", "--train-dir", runs / "pictures", "--val-dir", runs / "pictures"]
+    argv += ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
+    argv += ["--device", device, "--output-dir", output, *second(runs), *more]
+    args = training_finish.parse_args([str(x) for x in argv])
+    section = utils.with_flags(training.load_sections(args)["train_finish"], args)
+    config = utils.build_config(training_finish.FinishConfig, section, "train_finish")
+    run = training_finish.build_run(args, config, training.start(device, config.precision))
+    run.drawn = lambda step: training_finish.draw_batch(run, step)
+    return run
+
+
+class Reading(TorchDispatchMode):
+    """Notes every operation that a GPU would have to be waited for, or whose result's shape its values decide."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "index.Tensor", "unique", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        self.found += [name] if name.startswith(self.OPERATIONS) else []
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_gradients_are_found_without_reading_a_number_back(runs, tmp_path, parts):
+    """So that a CUDA graph can hold them. Making the batch does read: there the same watch finds something."""
+    run = built_run(runs, tmp_path, "cpu", "--set", f"train_finish.accum_grad={parts}")
+    with Reading() as reading:
+        batch = training_finish.sampled_batch(run, 0)
+    assert reading.found
+    with Reading() as reading:
+        terms = training_finish.gradients(run, batch)
+    assert reading.found == []
+    assert {*TERMS, "second_perceptual", "loss", "discriminator"} <= terms.keys()
+    assert all(x.grad is not None for part in (run.decoder, *run.discriminators) for x in part.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_is_the_step(runs, tmp_path):
+    run = built_run(runs, tmp_path, "cuda")
+    batches = [training_finish.sampled_batch(run, step) for step in range(2)]
+    before = copy.deepcopy(run.feature_discriminator.state_dict())
+    captured = training_finish.capture(run, batches[0])
+    for batch in batches:    # the second one shows that nothing of the first is left
+        found = []
+        for gradients in (captured, lambda batch: training_finish.gradients(run, batch)):
+            run.feature_discriminator.load_state_dict(before)
+            found.append({name: x.item() for name, x in gradients(batch).items()})
+        assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_only_pictures_with_true_tokens_may_be_wholly_unknown(share):
     config = training_finish.FinishConfig(batch_size=8, sampled_share=0.5, plain_share=share)
@@ -257,6 +315,7 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
     (["--set", "train_finish.perceptual_scales=[]"], "perceptual_scales must be whole numbers, 1 or more"),
     (["--set", "train_finish.second_scales=[0]"], r"second_scales must be whole numbers, .* got \[0\]"),
     (["--discriminators", "none.pt"], "none.pt"),
+    (["--capture"], "--capture is for one process on a CUDA device, here there are 1 on cpu; leave it out"),
     (["--model", "none.safetensors"], "not found"),
 ])
 def test_the_finish_refuses_in_a_sentence(runs, tmp_path, flags, word):
