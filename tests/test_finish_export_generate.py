@@ -134,7 +134,7 @@ def test_samples_serve_for_several_epochs(runs, tmp_path, monkeypatch):
 
 @pytest.fixture
 def new_accelerator():
-    """accelerate keeps its first precision for the whole process, unless it is made to forget it."""
+    """accelerate keeps its first precision and device for the whole process, unless it is made to forget it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -256,7 +256,7 @@ def test_the_gradients_are_found_without_reading_a_number_back(runs, tmp_path, p
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_is_the_step(runs, tmp_path):
+def test_a_captured_step_is_the_step(runs, tmp_path, new_accelerator):
     run = built_run(runs, tmp_path, "cuda")
     batches = [training_finish.sampled_batch(run, step) for step in range(2)]
     before = copy.deepcopy(run.feature_discriminator.state_dict())
