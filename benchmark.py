@@ -37,6 +37,7 @@ from models.maskgit import pixel_to_token_mask
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 from tasks import load_model
+from training import Captured
 from utils import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -244,28 +245,20 @@ class CapturedTransformer:
     """The transformer as one CUDA graph: a replay costs one launch instead of hundreds. One batch size, bfloat16."""
 
     def __init__(self, transformer: nn.Module, tokens: Tensor, pixels: Tensor | None) -> None:
-        self.eager = transformer.features
-        self.tokens, self.pixels = tokens.clone(), None if pixels is None else pixels.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        self.eager, self.shape = transformer.features, tokens.shape
+        self.graph = Captured(self.in_half, (tokens, pixels))
+
+    @torch.no_grad()
+    def in_half(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
         # Without a cache, as the casts that it holds would be freed while the graph still reads them.
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    self.eager(self.tokens, self.pixels)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.features = self.eager(self.tokens, self.pixels)                      # (B, N, D)
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            return self.eager(tokens, pixels)                                             # (B, N, D)
 
     def __call__(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        if tokens.shape != self.tokens.shape:    # the last, smaller batch
+        if tokens.shape != self.shape:    # the last, smaller batch
             return self.eager(tokens, pixels, wanted)
-        self.tokens.copy_(tokens)
-        if pixels is not None:
-            self.pixels.copy_(pixels)
-        self.graph.replay()
-        return self.features.clone() if wanted is None else self.features.flatten(0, 1)[wanted]
+        features = self.graph(tokens, pixels)
+        return features.clone() if wanted is None else features.flatten(0, 1)[wanted]
 
 
 def compiled(model: MaskGIT) -> MaskGIT:

@@ -333,24 +333,25 @@ class Captured:
     """A function as one CUDA graph: a replay costs one launch instead of thousands.
 
     Args:
-        function: tensors, or None, -> a dict of tensors. Shapes are fixed, and it reads nothing back from the device; a
-            backward pass may be part of it, if it begins with gradients set to None and these are left where they are.
-        inputs: the first ones; it is called with them twice before it is captured.
+        function: tensors, or None, -> tensors. Shapes are fixed, and it reads nothing back from the device; a backward pass
+            may be part of it, if it begins with gradients set to None and these are left where they are. Where it casts
+            automatically, the context begins and ends in it, so that the casts are the graph's own.
+        inputs: the first ones; it is called with them three times before it is captured.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], inputs: Iterable[Tensor | None]) -> None:
+    def __init__(self, function: Callable[..., Any], inputs: Iterable[Tensor | None]) -> None:
         self.inputs = [None if x is None else x.clone() for x in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
+            for _ in range(3):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = function(*self.inputs)
 
-    def __call__(self, *inputs: Tensor | None) -> dict[str, Tensor]:
+    def __call__(self, *inputs: Tensor | None) -> Any:
         """The outputs, which the next call writes over."""
         for mine, given in zip(self.inputs, inputs, strict=True):
             if mine is not None:

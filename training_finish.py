@@ -134,9 +134,7 @@ class Run(training.Counted):
     features: PerceptualFeatures
     second: PerceptualFeatures | None   # the second network
     pictures: Any               # training.FolderPictures or ShardPictures
-    drawn: Callable[[int], tuple] | None = None    # `draw_batch` of a step, ahead of time
-    capture: bool = False       # --capture
-    captured: Callable[[Batch], dict[str, Tensor]] | None = None    # `gradients`, from the first step on
+    captured: Callable[[Batch], dict[str, Tensor]] | None = None    # `gradients`, with --capture from the first step on
     kept: dict[int, Tensor] = field(default_factory=dict)    # sampling seed -> tokens (N,), for the epochs that reuse them
 
     def drawn_at(self, step: int) -> int:
@@ -169,11 +167,10 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
     return torch.where(mirrored[mine], image.flip(3), image), holes[mine].float(), seeds[mine]
 
 
-def sampled_batch(run: Run, step: int) -> Batch:
-    """A step's batch with its tokens: nothing in it learns, so on a GPU it is made while the step before it runs."""
+def sampled_batch(run: Run, step: int, image: Tensor, mask: Tensor, seeds: list[int]) -> Batch:
+    """A step's drawn batch with its tokens: nothing in it learns, so on a GPU it is made while the step before it runs."""
     if step % (run.config.reuse * run.per_epoch) == 0:
         run.kept.clear()
-    image, mask, seeds = run.drawn(step)
     image, mask = (x.to(run.accelerator.device, non_blocking=True) for x in (image, mask))
     return Batch(image, mask, *mixed_tokens(run, image, mask, seeds))
 
@@ -314,9 +311,7 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
     c, accelerator = run.config, run.accelerator
     rate = utils.cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps)
     utils.set_rate(run.optimizer, rate)
-    if run.capture and run.captured is None:
-        run.captured = capture(run, batch)
-    totals = dict(run.captured(batch) if run.capture else gradients(run, batch))
+    totals = dict(run.captured(batch) if run.captured else gradients(run, batch))
     totals["gradient_norm"] = accelerator.clip_grad_norm_(run.decoder.parameters(), c.grad_clip)
     totals["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
         [x for module in run.discriminators for x in module.parameters()], c.grad_clip
@@ -480,10 +475,7 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
     model.to(accelerator.device, **layout)
     for network in filter(None, (features, second)):
         network.place(accelerator.device)
-    return Run(
-        c, accelerator, model, decoder, discriminator, critic, optimizer, optimizer_d, features, second, pictures,
-        capture=args.capture,
-    )    # fmt: skip
+    return Run(c, accelerator, model, decoder, discriminator, critic, optimizer, optimizer_d, features, second, pictures)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -532,13 +524,20 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
 
     cuda = accelerator.device.type == "cuda"
     threads = 8 if isinstance(run.pictures, training.FolderPictures) else 1    # shards are read in order
-    run.drawn = training.Ahead(lambda step: draw_batch(run, run.drawn_at(step)), threads if cuda else 0)
-    sampled = training.Ahead(training.beside(accelerator.device, lambda step: sampled_batch(run, step)), int(cuda))
+    drawn = training.Ahead(lambda step: draw_batch(run, run.drawn_at(step)), threads if cuda else 0)
+
+    def sample(step: int) -> Batch:
+        return sampled_batch(run, step, *drawn(step))
+
+    sampled = training.Ahead(training.beside(accelerator.device, sample), int(cuda))
 
     def step_(step: int) -> dict[str, float]:
-        # The graph is captured while nothing else runs.
-        alone = run.capture and run.captured is None
-        return train_step(run, step, sampled_batch(run, step) if alone else sampled(step))
+        if args.capture and run.captured is None:
+            batch = sample(step)    # here, so that nothing else runs while the graph is captured
+            run.captured = capture(run, batch)
+        else:
+            batch = sampled(step)
+        return train_step(run, step, batch)
 
     def validate_(epoch: int) -> dict[str, float] | None:
         if not training.due(epoch, c.validate_every, c.epochs):

@@ -221,9 +221,7 @@ def built_run(runs, output, device: str, *more) -> training_finish.Run:
     args = training_finish.parse_args([str(x) for x in argv])
     section = utils.with_flags(training.load_sections(args)["train_finish"], args)
     config = utils.build_config(training_finish.FinishConfig, section, "train_finish")
-    run = training_finish.build_run(args, config, training.start(device, config.precision))
-    run.drawn = lambda step: training_finish.draw_batch(run, step)
-    return run
+    return training_finish.build_run(args, config, training.start(device, config.precision))
 
 
 class Reading(TorchDispatchMode):
@@ -246,7 +244,7 @@ def test_the_gradients_are_found_without_reading_a_number_back(runs, tmp_path, p
     """So that a CUDA graph can hold them. Making the batch does read: there the same watch finds something."""
     run = built_run(runs, tmp_path, "cpu", "--set", f"train_finish.accum_grad={parts}")
     with Reading() as reading:
-        batch = training_finish.sampled_batch(run, 0)
+        batch = training_finish.sampled_batch(run, 0, *training_finish.draw_batch(run, 0))
     assert reading.found
     with Reading() as reading:
         terms = training_finish.gradients(run, batch)
@@ -258,7 +256,7 @@ def test_the_gradients_are_found_without_reading_a_number_back(runs, tmp_path, p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_step_is_the_step(runs, tmp_path, new_accelerator):
     run = built_run(runs, tmp_path, "cuda")
-    batches = [training_finish.sampled_batch(run, step) for step in range(2)]
+    batches = [training_finish.sampled_batch(run, step, *training_finish.draw_batch(run, step)) for step in range(2)]
     before = copy.deepcopy(run.feature_discriminator.state_dict())
     captured = training_finish.capture(run, batches[0])
     for batch in batches:    # the second one shows that nothing of the first is left
