@@ -11,7 +11,7 @@ import inpainting
 import utils
 from data import read_image, read_mask, write_image
 from models.maskgit import MaskGIT
-from models.transformer import TransformerConfig
+from models.transformer import Block, TransformerConfig
 from models.vqgan import VQGANConfig
 
 SIZE = 16
@@ -129,6 +129,19 @@ def test_half_precision_completes_alike_and_keeps_known_pixels(checkpoint, folde
         hole = read_mask(folders / "masks" / f"{name}.png").expand_as(full[name])
         assert torch.equal(full[name][~hole], half[name][~hole])
         assert not torch.equal(full[name][hole], half[name][hole])
+
+
+def test_compiled_blocks_complete_alike(checkpoint, folders, monkeypatch):
+    compiled, compile = [], Block.compile
+
+    def trace(block):
+        compiled.append(block)
+        compile(block, backend="eager")    # which needs no compiler here, and computes the same
+
+    monkeypatch.setattr(Block, "compile", trace)
+    plain, fast = run(checkpoint, folders), run(checkpoint, folders, "--compile", out="fast")
+    assert len(compiled) == 1    # of two: the last one sees another number of tokens in every round
+    assert all(torch.equal(plain[name], fast[name]) for name in plain)
 
 
 def test_save_steps_writes_every_round(checkpoint, folders):
