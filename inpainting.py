@@ -57,8 +57,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--num-samples", type=int, default=1, help="completions of each picture: NAME_s0.png, NAME_s1.png, ...")
     flag("--seed", type=int, default=0)
     flag("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is about twice as fast (default: %(default)s)")
-    flag("--compile", action="store_true", help="compile the transformer's blocks (torch.compile): a minute's wait, which "
-                                                "pays for thousands of pictures")    # fmt: skip
+    flag("--compile", action="store_true", help="compile the transformer's blocks (torch.compile): half a minute's wait, "
+                                                "which pays for many pictures; it rounds otherwise")    # fmt: skip
     flag("--save-steps", action="store_true", help="write pictures, token masks and an animation of the rounds")
     return parser.parse_args(argv)
 
