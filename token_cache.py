@@ -1,13 +1,14 @@
 """A training set's tokens, computed once and read from disk ever after: memory stays the same whatever the set's size.
 
 A cache is a folder. about.json says what it was made from: a hash of the tokenizer, a hash of the pictures' names, sizes and
-times. The set is cut in pieces, 1024 files of a folder or one shard each, and a piece is two memory-mapped arrays:
+times. The set is cut in pieces, 1024 files of a folder or one shard each, and a piece is up to three memory-mapped arrays:
 
-    tokens-000000.u16    (n, 2, N) uint16: tokens of each picture as it is, and mirrored
+    plain-000000.u16     (n, N) uint16: tokens of each picture as it is
+    mirror-000000.u16    (n, N) uint16, where mirror images are trained on: theirs
     pixels-000000.u8     (n, 3, S, S) uint8, where the transformer looks at pixels beside the tokens
 
-A piece is written whole or not at all. So an encoding that was killed goes on with the pieces that are missing, and of P
-processes each makes every P-th piece.
+An array is written whole or not at all. So an encoding that was killed goes on with the pieces of which one is missing, and
+of P processes each makes every P-th piece.
 """
 
 import contextlib
@@ -92,24 +93,31 @@ def check_about(folder: Path, about: dict[str, Any]) -> None:
 
 
 def build(
-    folder: Path, pieces: list[Piece], encode: Callable[[Tensor], Tensor], size: int, pixels: bool, bad_images: str
-) -> None:
-    """Write those of the pieces that are missing. `encode`: (n, 3, size, size) uint8 -> (n, 2, N) tokens below 65536."""
-    missing = [piece for piece in pieces if not all(path.exists() for path in _paths(folder, piece, pixels))]
+    folder: Path, pieces: list[Piece], encode: Callable[[Tensor], Tensor], size: int,
+    mirror: bool, pixels: bool, bad_images: str,
+) -> None:    # fmt: skip
+    """Write those of the pieces that are missing.
+
+    Args:
+        encode: (n, 3, size, size) uint8 -> tokens below 65536: (n, 2, N), those of the mirror images second, or (n, 1, N)
+            without `mirror`.
+    """
+    missing = [piece for piece in pieces if not all(path.exists() for path in _paths(folder, piece, mirror, pixels))]
     bad: list[DataError] = []
     for piece in tqdm(missing, desc="encoding", unit="piece", disable=None if missing else True):
         with contextlib.ExitStack() as stack:
-            outputs = [stack.enter_context(_open(path)) for path in _paths(folder, piece, pixels)]
+            outputs = [stack.enter_context(_open(path)) for path in _paths(folder, piece, mirror, pixels)]
             for images in _read(piece, size, bad_images, bad):
-                tokens = encode(images).numpy().astype(np.uint16)
-                for file, array in zip(outputs, (tokens, images.numpy()), strict=False):
+                tokens = encode(images).numpy().astype(np.uint16)    # (n, 1 or 2, N)
+                for file, array in zip(outputs, (*tokens.swapaxes(0, 1), images.numpy()), strict=False):
                     file.write(array.tobytes())
     if bad:
         print(f"skipped {len(bad)} pictures:", *bad[:10], *["..."] * (len(bad) > 10), sep="\n  ", file=sys.stderr)
 
 
-def _paths(folder: Path, piece: Piece, pixels: bool) -> list[Path]:
-    return [folder / f"tokens-{piece.name}.u16", *([folder / f"pixels-{piece.name}.u8"] if pixels else [])]
+def _paths(folder: Path, piece: Piece, mirror: bool, pixels: bool) -> list[Path]:
+    names = {"plain-{}.u16": True, "mirror-{}.u16": mirror, "pixels-{}.u8": pixels}
+    return [folder / name.format(piece.name) for name, wanted in names.items() if wanted]
 
 
 @contextlib.contextmanager
@@ -144,31 +152,34 @@ def _read(piece: Piece, size: int, bad_images: str, bad: list[DataError]) -> Ite
 class TokenCache:
     """Reads a cache all of whose pieces are there."""
 
-    def __init__(self, folder: Path, pieces: list[Piece], seq_len: int, size: int, pixels: bool) -> None:
-        paths = [_paths(folder, piece, pixels) for piece in pieces]
-        self.tokens = [_map(path[0], np.uint16, (2, seq_len)) for path in paths]                          # each (n, 2, N)
-        self.pixels = [_map(path[1], np.uint8, (3, size, size)) for path in paths] if pixels else None    # (n, 3, S, S)
-        for path, tokens, images in zip(paths, self.tokens, self.pixels or self.tokens, strict=True):
-            if len(tokens) != len(images):
-                raise utils.UserError(f"{path[0]} and {path[1].name} differ in length; delete them, to make them anew")
-        self.ends = np.cumsum([len(tokens) for tokens in self.tokens])
+    def __init__(self, folder: Path, pieces: list[Piece], seq_len: int, size: int, mirror: bool, pixels: bool) -> None:
+        kinds = [(np.uint16, (seq_len,))] * (1 + mirror) + [(np.uint8, (3, size, size))] * pixels
+        arrays = []
+        for paths in (_paths(folder, piece, mirror, pixels) for piece in pieces):
+            arrays.append([_map(path, *kind) for path, kind in zip(paths, kinds, strict=True)])
+            if len({len(array) for array in arrays[-1]}) > 1:
+                names = " and ".join(path.name for path in paths)
+                raise utils.UserError(f"{names} in {folder} differ in length; delete them, to make them anew")
+        self.tokens = [piece[: 1 + mirror] for piece in arrays]                     # 1 or 2, each (n, N)
+        self.pixels = [piece[-1] for piece in arrays] if pixels else None           # each (n, 3, S, S)
+        self.ends = np.cumsum([len(piece[0]) for piece in arrays])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def rows(self, chosen: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pictures by number. chosen: (B,) int64; mirrored: (B,) bool.
+        """Pictures by number. chosen: (B,) int64; mirrored: (B,) bool, all False where the cache has no mirror images.
 
         Returns tokens (B, N) int64, and pixels (B, 3, S, S) uint8, not mirrored, or None where the cache has none.
         """
         chosen, mirrored = chosen.numpy(), mirrored.numpy().astype(np.int64)
         piece = np.searchsorted(self.ends, chosen, side="right")                                 # (B,)
-        tokens = np.empty((len(chosen), self.tokens[0].shape[2]), np.int64)                      # (B, N)
+        tokens = np.empty((len(chosen), self.tokens[0][0].shape[1]), np.int64)                   # (B, N)
         pixels = np.empty((len(chosen), *self.pixels[0].shape[1:]), np.uint8) if self.pixels else None
-        for p in np.unique(piece):
-            here = piece == p
-            row = chosen[here] - self.ends[p] + len(self.tokens[p])
-            tokens[here] = self.tokens[p][row, mirrored[here]]
+        for p, side in set(zip(piece.tolist(), mirrored.tolist(), strict=True)):
+            here = (piece == p) & (mirrored == side)
+            row = chosen[here] - self.ends[p] + len(self.tokens[p][side])
+            tokens[here] = self.tokens[p][side][row]
             if pixels is not None:
                 pixels[here] = self.pixels[p][row]
         return torch.from_numpy(tokens), None if pixels is None else torch.from_numpy(pixels)

@@ -8,8 +8,8 @@ over the processes. Again after a kill, a full disk or a stop: the same command 
 docs/training.md.
 
 Masked visual token modelling (Chang et al. 2022, section 3.1): hide tokens, predict them, cross-entropy. The set is
-encoded once, with its mirror images, into a cache on disk (`token_cache.py`); no encoder runs while the transformer
-learns. Which tokens are hidden: see `draw_masks`. The finished model, both stages in one file, is
+encoded once, with its mirror images if `mirror` is set, into a cache on disk (`token_cache.py`); no encoder runs while the
+transformer learns. Which tokens are hidden: see `draw_masks`. The finished model, both stages in one file, is
 OUTPUT/maskgit.safetensors, which `inpainting.py --checkpoint` takes.
 """
 
@@ -17,6 +17,7 @@ import argparse
 import copy
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,16 +115,19 @@ class Run(training.Counted):
 
 
 @torch.no_grad()
-def encode(vqgan: VQGAN, images: Tensor, device: torch.device, batch_size: int = 128) -> Tensor:
-    """Tokens of pictures (M, 3, H, W) uint8 and of their mirror images: (M, 2, N)."""
+def encode(vqgan: VQGAN, images: Tensor, device: torch.device, mirror: bool, batch_size: int = 128) -> Tensor:
+    """Tokens of pictures (M, 3, H, W) uint8, and with `mirror` of their mirror images: (M, 1 or 2, N)."""
     rows = []
     for part in images.split(batch_size):
         image = to_float(part.to(device))                                                    # (B, 3, H, W)
-        rows.append(torch.stack([vqgan.encode(x).cpu() for x in (image, image.flip(3))], 1))    # (B, 2, N)
+        sides = (image, image.flip(3)) if mirror else (image,)
+        rows.append(torch.stack([vqgan.encode(x).cpu() for x in sides], 1))                  # (B, 1 or 2, N)
     return torch.cat(rows)
 
 
-def open_tokens(args: argparse.Namespace, vqgan: VQGAN, pixels: bool, accelerator: Accelerator) -> token_cache.TokenCache:
+def open_tokens(
+    args: argparse.Namespace, vqgan: VQGAN, mirror: bool, pixels: bool, accelerator: Accelerator
+) -> token_cache.TokenCache:
     """The training set's tokens, read from --token-cache; what is not there is made first, by all processes together."""
     folder, c = Path(args.token_cache or Path(args.output_dir) / "tokens"), vqgan.config
     if c.codebook_size > 65536:
@@ -136,9 +140,10 @@ def open_tokens(args: argparse.Namespace, vqgan: VQGAN, pixels: bool, accelerato
     }    # fmt: skip
     training.on_main(accelerator, lambda: token_cache.check_about(folder, about))
     mine = pieces[accelerator.process_index :: accelerator.num_processes]
-    token_cache.build(folder, mine, lambda x: encode(vqgan, x, accelerator.device), c.image_size, pixels, args.bad_images)
+    encode_ = partial(encode, vqgan, device=accelerator.device, mirror=mirror)
+    token_cache.build(folder, mine, encode_, c.image_size, mirror, pixels, args.bad_images)
     accelerator.wait_for_everyone()
-    return token_cache.TokenCache(folder, pieces, c.grid**2, c.image_size, pixels)
+    return token_cache.TokenCache(folder, pieces, c.grid**2, c.image_size, mirror, pixels)
 
 
 def draw_masks(
@@ -363,8 +368,9 @@ def run_training(
     configs = model.configs() | {"train_transformer": asdict(config)}
 
     val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: config.val_pictures]
-    val_tokens = encode(model.vqgan, val_images, accelerator.device)[:, 0]
-    data = open_tokens(args, model.vqgan, model_config.pixel_dim > 0 or config.augment > 0, accelerator)
+    val_tokens = encode(model.vqgan, val_images, accelerator.device, mirror=False)[:, 0]
+    pixels = model_config.pixel_dim > 0 or config.augment > 0
+    data = open_tokens(args, model.vqgan, config.mirror, pixels, accelerator)
     training.check_one_batch(len(data), config)
 
     ema = copy.deepcopy(model).eval().requires_grad_(False)

@@ -49,10 +49,14 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(token_cache, "PIECE", 5)    # 5, 5, 5, 5, 3
 
 
-def build(folder, paths, pixels=True, bad_images="error", encode=encode):
+def encode_plain(images):
+    return encode(images)[:, :1]
+
+
+def build(folder, paths, pixels=True, bad_images="error", encode=encode, mirror=True):
     pieces = token_cache.list_pieces([str(path) for path in paths])
-    token_cache.build(folder, pieces, encode, SIZE, pixels, bad_images)
-    return token_cache.TokenCache(folder, pieces, N, SIZE, pixels)
+    token_cache.build(folder, pieces, encode, SIZE, mirror, pixels, bad_images)
+    return token_cache.TokenCache(folder, pieces, N, SIZE, mirror, pixels)
 
 
 def write_shards(pictures, folder, shard_size=6) -> str:
@@ -71,8 +75,25 @@ def test_rows_are_what_the_encoder_says(pictures, tmp_path, pixels):
     tokens, shown = cache.rows(chosen, mirrored)
     assert torch.equal(tokens, encode(images)[chosen, mirrored.long()]) and tokens.dtype == torch.int64
     assert torch.equal(shown, images[chosen]) if pixels else shown is None
-    assert all(part.dtype == np.uint16 and isinstance(part, np.memmap) for part in cache.tokens)
-    assert sum(path.stat().st_size for path in tmp_path.glob("tokens-*")) == 23 * 2 * N * 2
+    assert all(part.dtype == np.uint16 and isinstance(part, np.memmap) for piece in cache.tokens for part in piece)
+    for kind in ("plain", "mirror"):
+        assert sum(path.stat().st_size for path in tmp_path.glob(f"{kind}-*.u16")) == 23 * N * 2
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_without_mirror_images(pictures, tmp_path, pixels):
+    cache = build(tmp_path, [pictures], pixels, encode=encode_plain, mirror=False)
+    images, chosen = data.load_folder(pictures, SIZE), torch.tensor([22, 0, 4, 5])
+    tokens, shown = cache.rows(chosen, torch.zeros(4, dtype=torch.bool))
+    assert torch.equal(tokens, encode(images)[chosen, 0])
+    assert torch.equal(shown, images[chosen]) if pixels else shown is None
+    assert not list(tmp_path.glob("mirror-*"))
+    both = build(tmp_path, [pictures], pixels)    # and what is missing when mirror images are asked for after all
+    tokens, _ = both.rows(chosen, torch.ones(4, dtype=torch.bool))
+    assert torch.equal(tokens, encode(images)[chosen, 1])
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    build(tmp_path, [pictures], pixels, encode=None, mirror=False)    # a cache that has more serves as well
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
 
 
 def test_several_folders_and_shards_line_up(pictures, tmp_path):
@@ -88,9 +109,9 @@ def test_processes_share_the_work(pictures, tmp_path):
     whole = build(tmp_path / "whole", [pictures])
     pieces = token_cache.list_pieces([str(pictures)])
     for rank in range(3):
-        token_cache.build(tmp_path / "parts", pieces[rank::3], encode, SIZE, True, "error")
-    parts = token_cache.TokenCache(tmp_path / "parts", pieces, N, SIZE, True)
-    for a, b in zip(whole.tokens + whole.pixels, parts.tokens + parts.pixels, strict=True):
+        token_cache.build(tmp_path / "parts", pieces[rank::3], encode, SIZE, True, True, "error")
+    parts = token_cache.TokenCache(tmp_path / "parts", pieces, N, SIZE, True, True)
+    for a, b in zip(sum(whole.tokens, whole.pixels), sum(parts.tokens, parts.pixels), strict=True):
         assert np.array_equal(a, b)
 
 
@@ -106,14 +127,15 @@ def test_goes_on_after_a_kill_with_the_pieces_that_are_missing(pictures, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "a", [pictures], encode=counted)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        "pixels-000000.u8", "pixels-000001.u8", "tokens-000000.u16", "tokens-000001.u16"
+        f"{kind}-{number:06d}.{suffix}"
+        for kind, suffix in (("mirror", "u16"), ("pixels", "u8"), ("plain", "u16")) for number in (0, 1)
     ]    # fmt: skip
     cache = build(tmp_path / "a", [pictures], encode=counted)
     assert seen == [5, 5, 5, 5, 5, 3]
     again = build(tmp_path / "a", [pictures], encode=None)    # nothing is left to encode
     whole = build(tmp_path / "b", [pictures])
     for one in (cache, again):
-        assert all(np.array_equal(a, b) for a, b in zip(one.tokens, whole.tokens, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(sum(one.tokens, []), sum(whole.tokens, []), strict=True))
 
 
 def test_a_full_disk_leaves_no_half_piece(pictures, tmp_path, monkeypatch):
@@ -148,17 +170,18 @@ def test_bad_pictures(tmp_path, capsys):
     assert torch.equal(shown, good) and torch.equal(tokens, encode(good)[:, 0])
 
 
+@pytest.mark.parametrize("kind", ["plain", "mirror"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "rows"])
-def test_damaged_files_are_refused_in_a_sentence(pictures, tmp_path, damage):
+def test_damaged_files_are_refused_in_a_sentence(pictures, tmp_path, damage, kind):
     build(tmp_path, [pictures])
-    path = tmp_path / "tokens-000002.u16"
+    path = tmp_path / f"{kind}-000002.u16"
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[: -2 * N * 2 if damage == "rows" else -1])
+        path.write_bytes(path.read_bytes()[: -N * 2 if damage == "rows" else -1])
     pieces = token_cache.list_pieces([str(pictures)])
-    with pytest.raises(UserError, match="delete (it|them), to make (it|them) anew"):
-        token_cache.TokenCache(tmp_path, pieces, N, SIZE, True)
+    with pytest.raises(UserError, match=f"{kind}-000002.*delete (it|them), to make (it|them) anew"):
+        token_cache.TokenCache(tmp_path, pieces, N, SIZE, True, True)
     for leftover in tmp_path.glob("*-000002.*"):
         leftover.unlink()
     assert len(build(tmp_path, [pictures])) == 23    # as the sentence promises
@@ -212,7 +235,7 @@ def test_the_script_refuses_a_stale_cache(setting, tmp_path):
     flags = ["--token-cache", str(cache), "--epochs", "1"]
     succeed("transformer", setting.argv("transformer", tmp_path / "a", *flags))
     before = {path.name: path.read_bytes() for path in cache.iterdir()}
-    assert sum(len(value) for name, value in before.items() if name.startswith("tokens")) == 24 * 2 * 16 * 2
+    assert sum(len(value) for name, value in before.items() if name.endswith(".u16")) == 24 * 2 * 16 * 2
     assert not (tmp_path / "a" / "tokens").exists()
     other = write_pictures(tmp_path / "other", 24, seed=5)
     state = utils.load_checkpoint(setting.vqgan, "vqgan-training")
@@ -250,11 +273,11 @@ def test_killed_while_encoding(setting, tmp_path):
         token_cache.PIECE = 5
         real, calls = training_transformer.encode, []
 
-        def encode(vqgan, images, device):
+        def encode(vqgan, images, device, mirror):
             calls.append(1)
             if len(calls) == 4:    # the validation set is the first
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(vqgan, images, device)
+            return real(vqgan, images, device, mirror)
 
         training_transformer.encode = encode
 
@@ -312,8 +335,18 @@ def test_tokens_only(setting, tmp_path):
     """A transformer that looks at no pixels trains from tokens alone, though pictures are gone."""
     flags = ["--set", "transformer.pixel_dim=0", "--token-cache", str(tmp_path / "t"), "--epochs", "1"]
     succeed("transformer", setting.argv("transformer", tmp_path / "a", *flags))
-    assert not list((tmp_path / "t").glob("pixels-*")) and list((tmp_path / "t").glob("tokens-*"))
+    assert not list((tmp_path / "t").glob("pixels-*")) and list((tmp_path / "t").glob("plain-*"))
     assert len([line for line in metrics(tmp_path / "a") if "loss" in line]) == 3
+
+
+def test_no_mirror_images_are_encoded_where_none_are_trained_on(setting, tmp_path):
+    flags = ["--set", "train_transformer.mirror=false", "--epochs", "1"]
+    succeed("transformer", setting.argv("transformer", tmp_path / "half", *flags))
+    assert sorted({path.name.split("-")[0] for path in (tmp_path / "half" / "tokens").glob("*-*")}) == ["pixels", "plain"]
+    whole = ["--token-cache", str(tmp_path / "t")]
+    succeed("transformer", setting.argv("transformer", tmp_path / "mirrored", "--epochs", "1", *whole))
+    succeed("transformer", setting.argv("transformer", tmp_path / "same", *flags, *whole))
+    assert_same_run(tmp_path / "half", tmp_path / "same", "transformer")
 
 
 def anonymous_memory() -> int:
@@ -325,14 +358,15 @@ def anonymous_memory() -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_set(tmp_path):
     """Every picture of a set of 48 MB is looked at: what is mapped belongs to the page cache, not to the process."""
-    tokens = np.broadcast_to(np.arange(1000, dtype=np.uint16)[:, None, None], (1000, 2, 16)).tobytes()
+    tokens = np.broadcast_to(np.arange(1000, dtype=np.uint16)[:, None], (1000, 16)).tobytes()
     pixels = np.zeros((1000, 3, 16, 16), np.uint8).tobytes()
     for i in range(60):
-        (tmp_path / f"tokens-{i:06d}.u16").write_bytes(tokens)
+        (tmp_path / f"plain-{i:06d}.u16").write_bytes(tokens)
+        (tmp_path / f"mirror-{i:06d}.u16").write_bytes(tokens)
         (tmp_path / f"pixels-{i:06d}.u8").write_bytes(pixels)
     pieces = [token_cache.Piece(f"{i:06d}", [], None) for i in range(60)]
     before = anonymous_memory()
-    cache = token_cache.TokenCache(tmp_path, pieces, 16, 16, True)
+    cache = token_cache.TokenCache(tmp_path, pieces, 16, 16, True, True)
     for chosen in torch.randperm(60_000, generator=torch.Generator().manual_seed(0)).split(64):
         found, _ = cache.rows(chosen, chosen % 2 == 0)
         assert (found[:, 0] == chosen % 1000).all()
