@@ -39,6 +39,7 @@ from models.perceptual import (
     seam_gap,
     weighted_mean,
 )
+from models.vqgan import VQGANConfig
 
 KIND = "finish-training"
 Pair = tuple[Tensor, Tensor]    # of originals, and of completed pictures
@@ -62,6 +63,7 @@ class FinishConfig:
     reuse: int = 1                      # epochs in a row that see the same holes and sampled tokens
     temperature: float = 1.0            # of the sampling
     context: bool = True                # let the decoder see the transformer's features, too
+    decoder_blocks: list[int] | None = None    # at each scale, of a deeper decoder than the model has
     plain_share: float = 0.1            # share of the true-token pictures of which nothing is known, for generate.py
     l1: float = 1.0                     # loss weights, true tokens
     laplacian: float = 1.0
@@ -384,9 +386,9 @@ def restore(run: Run, state: dict) -> None:
     run.optimizer_d.load_state_dict(state["optimizer_d"])
 
 
-def load_model(path: str, vqgan: str | None, context: bool) -> tuple[MaskGIT, dict | None]:
+def load_model(path: str, vqgan: str | None, c: FinishConfig) -> tuple[MaskGIT, dict | None]:
     """The model of stage 2 with the decoder of stage 1, which must have been trained on the same tokens; or, where no stage
-    1 is given, a finished model with the decoder it has.
+    1 is given, a finished model with the decoder it has. What `c` asks for more is added.
 
     Returns it and the weights of stage 1's discriminator.
     """
@@ -400,21 +402,27 @@ def load_model(path: str, vqgan: str | None, context: bool) -> tuple[MaskGIT, di
             raise utils.UserError(f"{vqgan} has other tokens than {path}: {name} differs; give its own VQGAN")
         model.vqgan, judge = model.vqgan.without_context(), state["discriminator"]
         model.vqgan.load_state_dict(state["ema"])
-    if context and not model.vqgan.config.context_dim:
-        model = with_context(model)
-    elif model.vqgan.config.context_dim and not context:
+    config = model.vqgan.config
+    if config.context_dim and not c.context:
         raise utils.UserError(
             f"train_finish.context is false, and the decoder of {path} takes the transformer's features; give --vqgan, to "
             "begin with the decoder of stage 1"
         )
+    has = config.decoder_blocks
+    blocks = has if c.decoder_blocks is None else c.decoder_blocks
+    if len(blocks) != len(has) or any(wanted < there for wanted, there in zip(blocks, has, strict=True)):
+        raise utils.UserError(f"train_finish.decoder_blocks must be {has} or more at each scale, got {blocks}")
+    dim = model.transformer.config.embed_dim if c.context else 0
+    model = grown(model, replace(config, context_dim=dim, decoder_blocks=blocks), c.seed)
     return model.requires_grad_(False).eval(), judge
 
 
-def with_context(model: MaskGIT) -> MaskGIT:
-    """The same model, its decoder with an input more, which it doesn't listen to yet."""
-    wider = MaskGIT(replace(model.vqgan.config, context_dim=model.transformer.config.embed_dim), model.transformer.config)
-    wider.load_state_dict(wider.state_dict() | model.state_dict())
-    return wider
+def grown(model: MaskGIT, config: VQGANConfig, seed: int) -> MaskGIT:
+    """The same model, its decoder with more in it: blocks that are the identity, an input that it doesn't listen to yet."""
+    torch.manual_seed(seed)    # a block begins at random inside; only its last layer is zero
+    larger = MaskGIT(config, model.transformer.config)
+    larger.load_state_dict(larger.state_dict() | model.state_dict())
+    return larger
 
 
 def load_features(network: str, weights: str | None, scales: list[int], flag: str, or_else: str = "") -> PerceptualFeatures:
@@ -452,11 +460,10 @@ def go_on_from(path: str, state: dict, discriminators: dict[str, nn.Module]) -> 
 
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:
     """Models, optimizers, losses and pictures, on their device."""
-    model, judge = training.on_main(accelerator, lambda: load_model(args.model, args.vqgan, c.context))
+    model, judge = training.on_main(accelerator, lambda: load_model(args.model, args.vqgan, c))
     torch.manual_seed(c.seed)    # for a discriminator that begins here
     discriminator = PatchDiscriminator(c.discriminator_channels, c.discriminator_strided)
     features, second = training.on_main(accelerator, lambda: load_networks(c, args))
-    pictures = training.open_pictures(args, model.image_size, c, accelerator)
     decoder = copy.deepcopy(model.vqgan.decoder).requires_grad_(True)
     layout = {"memory_format": torch.channels_last}
     critic = FeatureDiscriminator(features.widths)
@@ -466,6 +473,7 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
         go_on_from(args.discriminators, earlier, judges)
     elif judge is not None:
         go_on_from(args.vqgan, {"discriminator": judge}, judges)
+    pictures = training.open_pictures(args, model.image_size, c, accelerator)    # last: a large set takes minutes
     learners = (module.to(**layout) for module in (decoder, discriminator, critic))
     decoder, discriminator, critic = accelerator.prepare(*learners)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=c.learning_rate, betas=(0.9, 0.99))

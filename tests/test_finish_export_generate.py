@@ -315,10 +315,20 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
     (["--discriminators", "none.pt"], "none.pt"),
     (["--capture"], "--capture is for one process on a CUDA device, here there are 1 on cpu; leave it out"),
     (["--model", "none.safetensors"], "not found"),
+    (["--set", "train_finish.decoder_blocks=[2,1,0]"],
+     r"decoder_blocks must be \[1, 1, 1\] or more at each scale, got \[2, 1, 0\]"),
+    (["--set", "train_finish.decoder_blocks=[2,1]"], r"decoder_blocks must be \[1, 1, 1\] or more .* got \[2, 1\]"),
+    (["--set", "train_finish.decoder_blocks=[]"], r"decoder_blocks must be \[1, 1, 1\] or more .* got \[\]"),
 ])
 def test_the_finish_refuses_in_a_sentence(runs, tmp_path, flags, word):
     with pytest.raises(utils.UserError, match=word):
         finish(runs, tmp_path / "out", *flags)
+
+
+def test_what_does_not_fit_is_told_before_pictures_are_read(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "open_pictures", lambda *args: pytest.fail("pictures were read"))
+    with pytest.raises(utils.UserError, match="another size"):
+        finish(runs, tmp_path / "out", "--set", "train_finish.discriminator_channels=8")
 
 
 def test_the_finish_does_not_write_over_a_run(runs):
@@ -346,6 +356,25 @@ def test_a_finished_model_is_finished_further(runs, tmp_path):
     word = "train_finish.context is false, and the decoder of .* takes the transformer's features"
     with pytest.raises(utils.UserError, match=word):
         go_on(runs, training_finish, tmp_path / "plain", "train_finish", *argv, "--set", "train_finish.context=false")
+
+
+def test_a_decoder_is_made_deeper(runs, tmp_path):
+    """New blocks begin as the identity, and learn."""
+    deeper = ["--set", "train_finish.decoder_blocks=[2,1,3]"]
+    argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors", *deeper]
+    model = go_on(runs, training_finish, tmp_path / "still", "train_finish", *argv)
+    before = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    assert model.vqgan.config.decoder_blocks == [len(stage) for stage in model.vqgan.decoder.stages] == [2, 1, 3]
+    tokens = torch.randint(64, (4, 64), generator=torch.Generator().manual_seed(0))
+    image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mask = (torch.arange(32) < 20).float().expand(4, 1, 32, 32)
+    torch.testing.assert_close(model.decode(tokens, image, mask), before.decode(tokens, image, mask), rtol=0, atol=1e-3)
+
+    whole = finish(runs, tmp_path / "whole", *deeper)
+    assert whole["ema"]["stages.2.2.layers.3.weight"].abs().max() > 0
+    again = finish(runs, tmp_path / "again", "--resume", tmp_path / "whole/previous.pt", *deeper)
+    assert all(torch.equal(whole["decoder"][name], again["decoder"][name]) for name in whole["decoder"])
+    assert again["config"]["train_finish"]["decoder_blocks"] == [2, 1, 3]
 
 
 def test_the_finish_goes_on_with_the_discriminators_of_another(runs, tmp_path, new_accelerator):
