@@ -52,7 +52,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--total-iter", type=int, default=10, help="T, rounds of the schedule (default: %(default)s)")
     flag("--sweet-spot", type=int, help="stop after this round, 1..T; the schedule still follows T (default: T)")
     flag("--decoder", default="maskgit", metavar="NAME", help=f"{', '.join(DECODERS)} (default: %(default)s)")
-    flag("--temperature", type=float, default=1.0, help="below 1: safer, 0: likeliest token (default: %(default)s)")
+    flag("--temperature", type=float, default=1.0, help="0: likeliest token, below 1: safer, above: more variety "
+                                                   "(default: %(default)s)")    # fmt: skip
     flag("--choice-temperature", type=float, default=4.5, help="noise in the order of filling (default: %(default)s)")
     flag("--num-samples", type=int, default=1, help="completions of each picture: NAME_s0.png, NAME_s1.png, ...")
     flag("--seed", type=int, default=0)
