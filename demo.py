@@ -444,7 +444,7 @@ class Page:
                 ui.sweet_spot = gr.Slider(1, last, last, step=1, label="Sweet spot", info="stop after this round")
             with gr.Row():
                 heat, chance = DEFAULTS["temperature"], DEFAULTS["choice_temperature"]
-                ui.temperature = gr.Slider(0, 2, heat, step=0.05, label="Temperature", info="0: the likeliest tokens")
+                ui.temperature = gr.Slider(0, 2, heat, step=0.05, label="Temperature", info="0: likeliest, 2: most varied")
                 ui.choice = gr.Slider(0, 20, chance, step=0.5, label="Choice temperature", info="chance in the order")
             with gr.Row():
                 ui.schedule = gr.Dropdown(list(SCHEDULES), value=DEFAULTS["schedule"], label="Schedule")
