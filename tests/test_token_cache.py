@@ -343,10 +343,6 @@ def test_no_mirror_images_are_encoded_where_none_are_trained_on(setting, tmp_pat
     flags = ["--set", "train_transformer.mirror=false", "--epochs", "1"]
     succeed("transformer", setting.argv("transformer", tmp_path / "half", *flags))
     assert sorted({path.name.split("-")[0] for path in (tmp_path / "half" / "tokens").glob("*-*")}) == ["pixels", "plain"]
-    whole = ["--token-cache", str(tmp_path / "t")]
-    succeed("transformer", setting.argv("transformer", tmp_path / "mirrored", "--epochs", "1", *whole))
-    succeed("transformer", setting.argv("transformer", tmp_path / "same", *flags, *whole))
-    assert_same_run(tmp_path / "half", tmp_path / "same", "transformer")
 
 
 def anonymous_memory() -> int:
