@@ -477,11 +477,11 @@ def test_bad_input_is_2_with_a_sentence(planted, tmp_path, capsys):
     assert "11 picture(s)" in error and "text0.jpg" in error and "... and 1 more" in error
 
 
-def test_check_runs_as_a_script(planted):
+def test_check_runs_as_a_script(planted, capsys):
     run = subprocess.run([sys.executable, data.__file__, "check", *map(str, planted)], capture_output=True, text=True)
     assert run.returncode == 1 and "a leak" in run.stdout
-    run = subprocess.run([sys.executable, data.__file__, "check", "nowhere"], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr == "error: nowhere is not a folder; give folders of pictures\n"
+    assert data.main(["check", "nowhere"]) == 2    # the same in this process, which has loaded everything
+    assert capsys.readouterr().err == "error: nowhere is not a folder; give folders of pictures\n"
 
 
 def test_interrupt_is_130(monkeypatch):
