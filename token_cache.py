@@ -96,20 +96,16 @@ def build(
     folder: Path, pieces: list[Piece], encode: Callable[[Tensor], Tensor], size: int,
     mirror: bool, pixels: bool, bad_images: str,
 ) -> None:    # fmt: skip
-    """Write those of the pieces that are missing.
-
-    Args:
-        encode: (n, 3, size, size) uint8 -> tokens below 65536: (n, 2, N), those of the mirror images second, or (n, 1, N)
-            without `mirror`.
-    """
+    """Write those of the pieces that are missing. `encode`: (n, 3, size, size) uint8 -> (n, N) tokens below 65536."""
     missing = [piece for piece in pieces if not all(path.exists() for path in _paths(folder, piece, mirror, pixels))]
     bad: list[DataError] = []
     for piece in tqdm(missing, desc="encoding", unit="piece", disable=None if missing else True):
         with contextlib.ExitStack() as stack:
             outputs = [stack.enter_context(_open(path)) for path in _paths(folder, piece, mirror, pixels)]
             for images in _read(piece, size, bad_images, bad):
-                tokens = encode(images).numpy().astype(np.uint16)    # (n, 1 or 2, N)
-                for file, array in zip(outputs, (*tokens.swapaxes(0, 1), images.numpy()), strict=False):
+                sides = [images, images.flip(3)] if mirror else [images]
+                arrays = [encode(side).numpy().astype(np.uint16) for side in sides] + [images.numpy()] * pixels
+                for file, array in zip(outputs, arrays, strict=True):
                     file.write(array.tobytes())
     if bad:
         print(f"skipped {len(bad)} pictures:", *bad[:10], *["..."] * (len(bad) > 10), sep="\n  ", file=sys.stderr)

@@ -39,7 +39,7 @@ from models.perceptual import (
     seam_gap,
     weighted_mean,
 )
-from models.vqgan import VQGANConfig
+from models.vqgan import VQGAN, VQGANConfig
 
 KIND = "finish-training"
 Pair = tuple[Tensor, Tensor]    # of originals, and of completed pictures
@@ -413,15 +413,15 @@ def load_model(path: str, vqgan: str | None, c: FinishConfig) -> tuple[MaskGIT, 
     if len(blocks) != len(has) or any(wanted < there for wanted, there in zip(blocks, has, strict=True)):
         raise utils.UserError(f"train_finish.decoder_blocks must be {has} or more at each scale, got {blocks}")
     dim = model.transformer.config.embed_dim if c.context else 0
-    model = grown(model, replace(config, context_dim=dim, decoder_blocks=blocks), c.seed)
+    model.vqgan = grown(model.vqgan, replace(config, context_dim=dim, decoder_blocks=blocks), c.seed)
     return model.requires_grad_(False).eval(), judge
 
 
-def grown(model: MaskGIT, config: VQGANConfig, seed: int) -> MaskGIT:
-    """The same model, its decoder with more in it: blocks that are the identity, an input that it doesn't listen to yet."""
+def grown(vqgan: VQGAN, config: VQGANConfig, seed: int) -> VQGAN:
+    """The same VQGAN, its decoder with more in it: blocks that are the identity, an input that it doesn't listen to yet."""
     torch.manual_seed(seed)    # a block begins at random inside; only its last layer is zero
-    larger = MaskGIT(config, model.transformer.config)
-    larger.load_state_dict(larger.state_dict() | model.state_dict())
+    larger = VQGAN(config)
+    larger.load_state_dict(larger.state_dict() | vqgan.state_dict())
     return larger
 
 

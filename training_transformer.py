@@ -115,14 +115,9 @@ class Run(training.Counted):
 
 
 @torch.no_grad()
-def encode(vqgan: VQGAN, images: Tensor, device: torch.device, mirror: bool, batch_size: int = 128) -> Tensor:
-    """Tokens of pictures (M, 3, H, W) uint8, and with `mirror` of their mirror images: (M, 1 or 2, N)."""
-    rows = []
-    for part in images.split(batch_size):
-        image = to_float(part.to(device))                                                    # (B, 3, H, W)
-        sides = (image, image.flip(3)) if mirror else (image,)
-        rows.append(torch.stack([vqgan.encode(x).cpu() for x in sides], 1))                  # (B, 1 or 2, N)
-    return torch.cat(rows)
+def encode(vqgan: VQGAN, images: Tensor, device: torch.device, batch_size: int = 128) -> Tensor:
+    """Tokens of pictures (M, 3, H, W) uint8: (M, N)."""
+    return torch.cat([vqgan.encode(to_float(part.to(device))).cpu() for part in images.split(batch_size)])
 
 
 def open_tokens(
@@ -140,7 +135,7 @@ def open_tokens(
     }    # fmt: skip
     training.on_main(accelerator, lambda: token_cache.check_about(folder, about))
     mine = pieces[accelerator.process_index :: accelerator.num_processes]
-    encode_ = partial(encode, vqgan, device=accelerator.device, mirror=mirror)
+    encode_ = partial(encode, vqgan, device=accelerator.device)
     token_cache.build(folder, mine, encode_, c.image_size, mirror, pixels, args.bad_images)
     accelerator.wait_for_everyone()
     return token_cache.TokenCache(folder, pieces, c.grid**2, c.image_size, mirror, pixels)
@@ -368,7 +363,7 @@ def run_training(
     configs = model.configs() | {"train_transformer": asdict(config)}
 
     val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: config.val_pictures]
-    val_tokens = encode(model.vqgan, val_images, accelerator.device, mirror=False)[:, 0]
+    val_tokens = encode(model.vqgan, val_images, accelerator.device)
     pixels = model_config.pixel_dim > 0 or config.augment > 0
     data = open_tokens(args, model.vqgan, config.mirror, pixels, accelerator)
     training.check_one_batch(len(data), config)

@@ -36,7 +36,13 @@ SIZE, N = 16, 4
 def encode(images):
     """A stand-in for the VQGAN: a token is the mean of a quarter of the picture, times a number that needs 16 bits."""
     quarters = torch.nn.functional.avg_pool2d(images.float().mean(1, keepdim=True), SIZE // 2)    # (n, 1, 2, 2)
-    return torch.stack([q.flatten(1).round().long() * 256 for q in (quarters, quarters.flip(3))], 1)
+    return quarters.flatten(1).round().long() * 256
+
+
+def both(images):
+    """(n, 2, N): tokens of the pictures and of their mirror images, whose quarters change places."""
+    tokens = encode(images)
+    return torch.stack([tokens, tokens.view(-1, 2, 2).flip(2).flatten(1)], 1)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +53,6 @@ def pictures(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     monkeypatch.setattr(token_cache, "PIECE", 5)    # 5, 5, 5, 5, 3
-
-
-def encode_plain(images):
-    return encode(images)[:, :1]
 
 
 def build(folder, paths, pixels=True, bad_images="error", encode=encode, mirror=True):
@@ -73,7 +75,7 @@ def test_rows_are_what_the_encoder_says(pictures, tmp_path, pixels):
     chosen = torch.tensor([22, 0, 4, 5, 5, 21, 9])
     mirrored = torch.tensor([True, False, True, False, True, False, True])
     tokens, shown = cache.rows(chosen, mirrored)
-    assert torch.equal(tokens, encode(images)[chosen, mirrored.long()]) and tokens.dtype == torch.int64
+    assert torch.equal(tokens, both(images)[chosen, mirrored.long()]) and tokens.dtype == torch.int64
     assert torch.equal(shown, images[chosen]) if pixels else shown is None
     assert all(part.dtype == np.uint16 and isinstance(part, np.memmap) for piece in cache.tokens for part in piece)
     for kind in ("plain", "mirror"):
@@ -82,15 +84,15 @@ def test_rows_are_what_the_encoder_says(pictures, tmp_path, pixels):
 
 @pytest.mark.parametrize("pixels", [True, False])
 def test_without_mirror_images(pictures, tmp_path, pixels):
-    cache = build(tmp_path, [pictures], pixels, encode=encode_plain, mirror=False)
+    cache = build(tmp_path, [pictures], pixels, mirror=False)
     images, chosen = data.load_folder(pictures, SIZE), torch.tensor([22, 0, 4, 5])
     tokens, shown = cache.rows(chosen, torch.zeros(4, dtype=torch.bool))
-    assert torch.equal(tokens, encode(images)[chosen, 0])
+    assert torch.equal(tokens, encode(images)[chosen])
     assert torch.equal(shown, images[chosen]) if pixels else shown is None
     assert not list(tmp_path.glob("mirror-*"))
-    both = build(tmp_path, [pictures], pixels)    # and what is missing when mirror images are asked for after all
-    tokens, _ = both.rows(chosen, torch.ones(4, dtype=torch.bool))
-    assert torch.equal(tokens, encode(images)[chosen, 1])
+    more = build(tmp_path, [pictures], pixels)    # and what is missing when mirror images are asked for after all
+    tokens, _ = more.rows(chosen, torch.ones(4, dtype=torch.bool))
+    assert torch.equal(tokens, both(images)[chosen, 1])
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     build(tmp_path, [pictures], pixels, encode=None, mirror=False)    # a cache that has more serves as well
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
@@ -115,25 +117,26 @@ def test_processes_share_the_work(pictures, tmp_path):
         assert np.array_equal(a, b)
 
 
-def test_goes_on_after_a_kill_with_the_pieces_that_are_missing(pictures, tmp_path):
-    seen = []
+@pytest.mark.parametrize("mirror", [False, True])
+def test_goes_on_after_a_kill_with_the_pieces_that_are_missing(pictures, tmp_path, mirror):
+    seen, sides = [], 1 + mirror
 
     def counted(images):
         seen.append(len(images))
-        if len(seen) == 3:
+        if len(seen) == 2 * sides + 1:
             raise KeyboardInterrupt
         return encode(images)
 
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "a", [pictures], encode=counted)
+        build(tmp_path / "a", [pictures], encode=counted, mirror=mirror)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         f"{kind}-{number:06d}.{suffix}"
-        for kind, suffix in (("mirror", "u16"), ("pixels", "u8"), ("plain", "u16")) for number in (0, 1)
+        for kind, suffix in [("mirror", "u16")] * mirror + [("pixels", "u8"), ("plain", "u16")] for number in (0, 1)
     ]    # fmt: skip
-    cache = build(tmp_path / "a", [pictures], encode=counted)
-    assert seen == [5, 5, 5, 5, 5, 3]
-    again = build(tmp_path / "a", [pictures], encode=None)    # nothing is left to encode
-    whole = build(tmp_path / "b", [pictures])
+    cache = build(tmp_path / "a", [pictures], encode=counted, mirror=mirror)
+    assert seen == [5, 5] * sides + [5] + [5, 5] * sides + [3] * sides
+    again = build(tmp_path / "a", [pictures], encode=None, mirror=mirror)    # nothing is left to encode
+    whole = build(tmp_path / "b", [pictures], mirror=mirror)
     for one in (cache, again):
         assert all(np.array_equal(a, b) for a, b in zip(sum(one.tokens, []), sum(whole.tokens, []), strict=True))
 
@@ -167,7 +170,7 @@ def test_bad_pictures(tmp_path, capsys):
     assert len(cache) == 6 and "skipped 6 pictures" in capsys.readouterr().err
     tokens, shown = cache.rows(torch.arange(6), torch.zeros(6, dtype=torch.bool))
     good = torch.stack([data.read_square(folder / f"{i:03d}.png", SIZE) for i in (0, 1, 2, 4, 10, 11)])
-    assert torch.equal(shown, good) and torch.equal(tokens, encode(good)[:, 0])
+    assert torch.equal(shown, good) and torch.equal(tokens, encode(good))
 
 
 @pytest.mark.parametrize("kind", ["plain", "mirror"])
@@ -273,11 +276,11 @@ def test_killed_while_encoding(setting, tmp_path):
         token_cache.PIECE = 5
         real, calls = training_transformer.encode, []
 
-        def encode(vqgan, images, device, mirror):
+        def encode(vqgan, images, device):
             calls.append(1)
             if len(calls) == 4:    # the validation set is the first
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(vqgan, images, device, mirror)
+            return real(vqgan, images, device)
 
         training_transformer.encode = encode
 

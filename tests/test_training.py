@@ -132,7 +132,8 @@ def test_augmented_pictures_are_encoded_as_they_are_seen(setting):
     model = MaskGIT(vqgan.config, TransformerConfig(**utils.load_config(setting.config)["transformer"]))
     model.vqgan.load_state_dict(vqgan.state_dict())
     images = data.load_folder(setting.train, 16)
-    tokens = training_transformer.encode(vqgan, images, torch.device("cpu"), mirror=True)    # (M, 2, N)
+    sides = [training_transformer.encode(vqgan, x, torch.device("cpu")) for x in (images, images.flip(3))]
+    tokens = torch.stack(sides, 1)                                                           # (M, 2, N)
 
     def rows(chosen, mirrored):
         return tokens[chosen, mirrored.long()], images[chosen]
