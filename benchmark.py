@@ -13,7 +13,9 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -33,11 +35,11 @@ import utils
 from data import random_holes
 from models import MaskGIT
 from models.attention import count_parameters, use_fused_attention
-from models.maskgit import pixel_to_token_mask
+from models.maskgit import pixel_to_token_mask, round_places, to_device
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 from tasks import load_model
-from training import Captured
+from training import Ahead, Captured, CapturedGradients
 from utils import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -403,29 +405,48 @@ class Plan:
     batch: int
     cached: bool    # tokens computed once, instead of at every step
     half: bool      # bfloat16
+    captured: bool = False    # forward and backward pass as a CUDA graph
 
 
 def training_step(
     plan: Plan, batch: int, device: torch.device, compile: bool = False
 ) -> tuple[MaskGIT, Callable[[], None]]:
-    """A copy of the model and an optimizer step on it: draw holes, get tokens, forward, backward, AdamW, EMA."""
+    """A copy of the model and an optimizer step on it: get holes and tokens, forward, backward, AdamW, EMA.
+
+    As in training_transformer.py, the holes for a GPU are drawn on the CPU beside the steps before.
+    """
     model = copy.deepcopy(plan.model).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.transformer.parameters(), lr=1e-4, betas=(0.9, 0.96), fused=True)
     if compile:
         model.transformer.compile_blocks()
     image, _ = draw_pictures(batch, model.image_size, device)
-    cache, generator = model.vqgan.encode(image), torch.Generator(device).manual_seed(0)
+    cache, count = model.vqgan.encode(image), itertools.count()
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        mask = random_holes(batch, model.image_size, utils.seeded("benchmark holes", step))
+        return mask, pixel_to_token_mask(mask, model.vqgan.config.stride)
+
+    def gradients(tokens: Tensor, masked: Tensor, pixels: Tensor | None, wanted: Tensor | None) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.half):
+            losses = model(tokens, masked, pixels, wanted=wanted)
+        loss = losses.mean()
+        loss.backward()
+        return loss.detach()
+
+    draws = Ahead(draw, threads=8 if device.type == "cuda" else 0)
+    graphs = CapturedGradients(gradients, model.transformer.parameters())
 
     def step() -> None:
-        mask = random_holes(batch, model.image_size, generator)
+        mask, masked = draws(next(count))                                                 # (B, 1, H, W), (B, N)
         tokens = cache if plan.cached else model.vqgan.encode(image)
-        pixels = model.pixels_of(image.masked_fill(mask, 0), mask.float())
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.half):
-            losses = model(tokens, pixel_to_token_mask(mask, model.vqgan.config.stride), pixels)
-        losses.mean().backward()
+        pixels = model.pixels_of(image, to_device(mask, device))
+        if plan.captured:
+            graphs(tokens, to_device(masked, device), pixels, to_device(round_places(masked), device))
+        else:
+            gradients(tokens, masked, pixels, None)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         utils.update_ema(average.transformer, model.transformer, 0.999)
 
     return model, step
@@ -442,11 +463,13 @@ def train(args: argparse.Namespace, bench: Bench) -> dict:
         Plan("reference, tokens cached, bfloat16", base, B if cuda else R, True, True),
         Plan("default, tokens cached, bfloat16", model, B, True, True),
     ]
+    if cuda:
+        plans += [dataclasses.replace(plan, name=f"{plan.name}, captured", captured=True) for plan in plans[2:]]
     dtypes = {False: torch.float32, True: torch.bfloat16}
     peak = {half: matmul_peak(bench.device, dtype, bench.quick) for half, dtype in dtypes.items()}
     cases, columns = [], []
     for plan in plans:
-        counted, one = training_step(plan, 1, bench.device)
+        counted, one = training_step(dataclasses.replace(plan, captured=False), 1, bench.device)
         flops = count_flops(one, counted)
         before = memory_now(bench.device)
         _, step = training_step(plan, plan.batch, bench.device, bench.compile and plan.half)

@@ -337,9 +337,12 @@ class Captured:
             may be part of it, if it begins with gradients set to None and these are left where they are. Where it casts
             automatically, the context begins and ends in it, so that the casts are the graph's own.
         inputs: the first ones; it is called with them three times before it is captured.
+        beside: another graph whose memory this one may use for what it needs in between; they never run at once.
     """
 
-    def __init__(self, function: Callable[..., Any], inputs: Iterable[Tensor | None]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], inputs: Iterable[Tensor | None], beside: "Captured | None" = None
+    ) -> None:
         self.inputs = [None if x is None else x.clone() for x in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -348,7 +351,8 @@ class Captured:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        pool = None if beside is None else beside.graph.pool()
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor | None) -> Any:
@@ -358,6 +362,43 @@ class Captured:
                 mine.copy_(given)
         self.graph.replay()
         return self.outputs
+
+
+def check_capture(asked: bool, accelerator: Any) -> None:
+    """Refuse --capture where there are no CUDA graphs, or gradients of several processes to be averaged."""
+    if asked and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        here = f"{accelerator.num_processes} on {accelerator.device.type}"
+        raise utils.UserError(f"--capture is for one process on a CUDA device, here there are {here}; leave it out")
+
+
+class CapturedGradients:
+    """A function that leaves gradients in parameters, as CUDA graphs: one for each combination of its inputs' shapes.
+
+    A graph is made when its shapes are seen first; the state of the random numbers stays as if it had been there before.
+
+    Args:
+        function: as for `Captured`; begins with gradients set to None.
+        parameters: all that get gradients.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> None:
+        self.function, self.parameters = function, list(parameters)
+        self.graphs: dict[tuple, Captured] = {}
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """What the function returns, until the next call; the gradients lie in the parameters."""
+        shapes = tuple(None if x is None else x.shape for x in inputs)
+        if shapes not in self.graphs:
+            with torch.random.fork_rng([torch.cuda.current_device()]):
+                self.graphs[shapes] = Captured(self.with_gradients, inputs, next(iter(self.graphs.values()), None))
+        returned, gradients = self.graphs[shapes](*inputs)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient    # each graph writes into its own
+        return returned
+
+    def with_gradients(self, *inputs: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+        returned = self.function(*inputs)
+        return returned, [parameter.grad for parameter in self.parameters]
 
 
 # ---- where a run stands ----

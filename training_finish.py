@@ -510,9 +510,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = training.start(args.device, config.precision)
     with training.errors_told_once(accelerator, args.output_dir):
         utils.check_split(config.batch_size, config.accum_grad, accelerator)
-        if args.capture and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
-            here = f"{accelerator.num_processes} on {accelerator.device.type}"
-            raise utils.UserError(f"--capture is for one process on a CUDA device, here there are {here}; leave it out")
+        training.check_capture(args.capture, accelerator)
         parts, true = accelerator.num_processes * config.accum_grad, config.true_pictures
         if true % parts:
             message = f"must be a multiple of processes x accum_grad ({parts}); change batch_size or sampled_share"

@@ -32,7 +32,7 @@ import training
 import utils
 from data import Views, load_folder, random_holes, random_views, take_views, to_float
 from models.decoding import lowest
-from models.maskgit import MaskGIT, pixel_to_token_mask
+from models.maskgit import MaskGIT, pixel_to_token_mask, round_places, to_device
 from models.schedule import SCHEDULES, gamma
 from models.transformer import TransformerConfig
 from models.vqgan import VQGAN, VQGANConfig
@@ -108,6 +108,7 @@ class Run(training.Counted):
     optimizer: torch.optim.Optimizer
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
     pictures: token_cache.TokenCache
+    captured: training.CapturedGradients | None = None    # `gradients`, with --capture
 
     @property
     def plain(self) -> MaskGIT:
@@ -202,16 +203,47 @@ def draw_batch(run: Run, step: int) -> Batch:
 
 @torch.no_grad()
 def prepare(run: Run, batch: Batch) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """A batch as the model takes it, on its device: pixels (b, N, pixel_dim) or None, tokens and masked (b, N), total."""
-    device = run.accelerator.device
-    tokens, holes, masked, total = (x.to(device, non_blocking=True) for x in batch[2:])
+    """A batch as the model takes it: pixels (b, N, pixel_dim) or None, tokens (b, N), masked (b, N) on the CPU, total."""
+    send = partial(to_device, device=run.accelerator.device)
+    tokens, total = send(batch.tokens), send(batch.total)
     if batch.image is None:
-        return None, tokens, masked, total
-    image = to_float(batch.image.to(device, non_blocking=True))                              # (b, 3, H, W)
+        return None, tokens, batch.masked, total
+    image = to_float(send(batch.image))                                                      # (b, 3, H, W)
     if batch.views is not None:
-        image = take_views(image, Views(*(part.to(device, non_blocking=True) for part in batch.views)))
+        image = take_views(image, Views(*map(send, batch.views)))
         tokens = run.ema.vqgan.encode(image)                                                 # (b, N)
-    return run.ema.pixels_of(image, holes), tokens, masked, total
+    return run.ema.pixels_of(image, send(batch.holes)), tokens, batch.masked, total
+
+
+def gradients(
+    run: Run, tokens: Tensor, masked: Tensor, pixels: Tensor | None, total: Tensor, *wanted: Tensor | None
+) -> Tensor:
+    """The gradients of one optimizer step. Returns the mean cross-entropy of this process's part, times the processes.
+
+    Args:
+        wanted: for each micro-batch, see `MaskGIT.forward`; all given, no number is read back from the device.
+    """
+    accelerator, parts = run.accelerator, len(wanted)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=accelerator.device)
+    for micro, places in enumerate(wanted):
+        part = slice(micro, None, parts)
+        with training.local_gradients(accelerator, micro < parts - 1, run.model):
+            with accelerator.autocast():
+                x = None if pixels is None else pixels[part]
+                losses = run.model(tokens[part], masked[part], x, run.config.label_smoothing, places)    # (M,)
+            # Gradients are averaged over processes, each of which holds a share of the hidden tokens.
+            mean = losses.sum() / total * accelerator.num_processes
+            accelerator.backward(mean)
+        loss += mean.detach()
+    return loss
+
+
+def captured_gradients(run: Run, tokens: Tensor, masked: Tensor, pixels: Tensor | None, total: Tensor) -> Tensor:
+    """`gradients` as CUDA graphs, one for each number of wanted tokens, of which `round_places` makes few."""
+    send, parts = partial(to_device, device=tokens.device), run.config.accum_grad
+    wanted = [send(round_places(masked[micro::parts])) for micro in range(parts)]
+    return run.captured(tokens, send(masked), pixels, total, *wanted)
 
 
 def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
@@ -225,18 +257,10 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
     if c.rate_schedule != "plateau":
         steps = run.total_steps if c.rate_schedule == "cosine" else math.inf
         utils.set_rate(run.optimizer, utils.cosine_rate(step, steps, c.learning_rate, c.warmup_steps))
-    run.optimizer.zero_grad(set_to_none=True)
-    loss = torch.zeros((), device=accelerator.device)
-    for micro in range(c.accum_grad):
-        part = slice(micro, None, c.accum_grad)
-        with training.local_gradients(accelerator, micro < c.accum_grad - 1, run.model):
-            with accelerator.autocast():
-                x = None if pixels is None else pixels[part]
-                losses = run.model(tokens[part], masked[part], x, c.label_smoothing)         # (M,)
-            # Gradients are averaged over processes, each of which holds a share of the hidden tokens.
-            mean = losses.sum() / total * accelerator.num_processes
-            accelerator.backward(mean)
-        loss += mean.detach()
+    if run.captured is None:
+        loss = gradients(run, tokens, masked, pixels, total, *[None] * c.accum_grad)
+    else:
+        loss = captured_gradients(run, tokens, masked, pixels, total)
     norm = accelerator.clip_grad_norm_(run.plain.transformer.parameters(), c.grad_clip)
     values = utils.average_over_processes({"loss": loss, "gradient_norm": norm}, accelerator)
     training.check_all_finite(values, step)
@@ -315,6 +339,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--init", metavar="FILE", help="begin from the transformer of this model, not from random weights")
     parser.add_argument("--token-cache", metavar="DIR", help="where the training set's tokens lie (default: OUTPUT/tokens)")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks (torch.compile): for GPUs")
+    parser.add_argument("--capture", action="store_true", help="capture a step's gradients as CUDA graphs: faster on a GPU")
     return parser.parse_args(argv)
 
 
@@ -328,6 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = training.start(args.device, config.precision)
     with training.errors_told_once(accelerator, args.output_dir):
         utils.check_split(config.batch_size, config.accum_grad, accelerator)
+        training.check_capture(args.capture, accelerator)
         folder = training.on_main(accelerator, lambda: utils.writable_folder(args.output_dir))
         vqgan = training.on_main(accelerator, lambda: load_vqgan(args.vqgan))
         return run_training(args, vqgan, model_config, config, folder, accelerator)
@@ -336,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
 def make_optimizer(transformer: nn.Module, c: TrainTransformerConfig) -> torch.optim.Optimizer:
     options = {"lr": c.learning_rate, "betas": (0.9, 0.96), "weight_decay": c.weight_decay}
     if c.optimizer == "adamw":
-        return torch.optim.AdamW(transformer.parameters(), **options)
+        return torch.optim.AdamW(transformer.parameters(), fused=transformer.pos_embed.is_cuda or None, **options)
     kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in transformer.named_parameters():
         kinds[parameter.ndim == 2 and name.startswith(("blocks.", "head."))].append(parameter)
@@ -375,6 +401,8 @@ def run_training(
     run.model.train()
     if args.compile:
         run.plain.transformer.compile_blocks()
+    if args.capture:
+        run.captured = training.CapturedGradients(partial(gradients, run), run.plain.transformer.parameters())
     progress = training.resume(folder, KIND, args.resume, accelerator, configs, len(data), lambda state: restore(run, state))
     batches = training.Ahead(lambda step: draw_batch(run, step), threads=8 if accelerator.device.type == "cuda" else 0)
 

@@ -43,6 +43,21 @@ class Completion(NamedTuple):
     known: Known
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x.to(device)`; to a GPU from memory that it reads by itself, so that nothing waits for the copy."""
+    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
+
+
+def round_places(masked: Tensor) -> Tensor:
+    """Positions b * N + n of all that is masked, and of as many others as make their number a multiple of B * N / 16.
+
+    So batches come with few different numbers, each of which can be captured as a CUDA graph.
+    """
+    step = max(1, masked.shape[1] // 16) * len(masked)
+    first, others = (x.flatten().nonzero().squeeze(1) for x in (masked, ~masked))
+    return torch.cat([first, others[: -len(first) % step]])                # (M,)
+
+
 def pixel_to_token_mask(mask: Tensor, stride: int) -> Tensor:
     """mask: (B, 1, H, W), 1 = hole.  Returns (B, N) bool, True if any pixel of the token's patch is a hole."""
     return F.max_pool2d(mask.float(), kernel_size=stride).flatten(1) > 0.5
@@ -121,19 +136,27 @@ class MaskGIT(
 
     # ---- training ----
 
-    def forward(self, tokens: Tensor, masked: Tensor, pixels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+    def forward(
+        self, tokens: Tensor, masked: Tensor, pixels: Tensor | None = None, label_smoothing: float = 0.0,
+        wanted: Tensor | None = None,
+    ) -> Tensor:    # fmt: skip
         """Masked visual token modelling: cross-entropy of the masked tokens (section 3.1, equation 1).
 
         Args:
             tokens: (B, N) true tokens.
-            masked: (B, N) bool, the tokens to be hidden and predicted.
+            masked: (B, N) bool, the tokens to be hidden and predicted. Best on the CPU, whatever the tokens are on: how many
+                there are is then known without waiting for a GPU.
             pixels: (B, N, pixel_dim), see `patch_pixels`, where the transformer takes them.
+            wanted: (M,) positions b * N + n whose cross-entropies are returned; default: all masked ones.
         Returns:
-            Cross-entropies of the masked tokens, (M,), in nats.
+            Cross-entropies of the wanted tokens, (M,), in nats; 0 where they are not masked.
         """
-        wanted = masked.flatten().nonzero().squeeze(1)                                           # (M,)
+        if wanted is None:
+            wanted = masked.flatten().nonzero().squeeze(1)                                       # (M,)
+        wanted, masked = to_device(wanted, tokens.device), to_device(masked, tokens.device)
         logits = self.transformer(torch.where(masked, self.mask_token_id, tokens), pixels, wanted)    # (M, K)
-        return F.cross_entropy(logits.float(), tokens[masked], label_smoothing=label_smoothing, reduction="none")
+        true, counts = tokens.flatten()[wanted], masked.flatten()[wanted]                        # (M,), (M,)
+        return F.cross_entropy(logits.float(), true, label_smoothing=label_smoothing, reduction="none") * counts
 
     @torch.no_grad()
     def embed_codes(self, generator: torch.Generator | None = None) -> None:

@@ -1,11 +1,11 @@
-"""Dropout on a CPU, whose random numbers serve four values each."""
+"""Dropout on a CPU, whose random numbers serve four values each, and where it is compiled, by a hash."""
 
 import math
 
 import pytest
 import torch
 
-from models.attention import LEVELS, Dropout, dropout
+from models.attention import LEVELS, Dropout, dropout, hashed
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -57,3 +57,47 @@ def test_the_generator_decides():
         return dropout(torch.ones(1000), 0.5, True)
 
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+
+
+def compiled(p: float):
+    torch.compiler.reset()
+    return torch.compile(lambda x: dropout(x, p, True), backend="eager", fullgraph=True, dynamic=False)
+
+
+def test_the_hash_is_murmurhash3s_finalizer_with_a_seed_before_each_product():
+    def by_hand(x: int, first: int, second: int) -> int:
+        x ^= first % 2**32
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32 ^ second % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x - 2**32 if x >= 2**31 else x
+
+    for seeds in ((0, 0), (12345, -987654321), (-(2**31), 2**31 - 1)):
+        found = hashed(torch.Size((50, 20)), torch.tensor(seeds, dtype=torch.int32)).flatten()
+        assert found.tolist() == [by_hand(i, *seeds) for i in range(1000)]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_a_compiled_share_is_kept_over_places_and_over_seeds(p):
+    """Within five standard deviations of a binomial, and so are neighbours together."""
+    torch.manual_seed(0)
+    drop = compiled(p)
+    over_seeds = torch.stack([drop(torch.ones(64)) == 0 for _ in range(2000)])                # (draws, places)
+    over_places = drop(torch.ones(4000, 64)) == 0
+    for dropped in (over_seeds, over_places):
+        count = len(dropped)
+        assert (dropped.float().mean(0) - p).abs().max() < 5 * math.sqrt(p * (1 - p) / count)
+        pairs = (dropped[:, 1:] & dropped[:, :-1]).float().mean(0) - p * p
+        assert pairs.abs().max() < 5 * math.sqrt(p * p * (1 - p * p) / count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_values_are_zero_or_scaled_and_gradients_alike(dtype):
+    torch.manual_seed(0)
+    x = (torch.rand(30, 5, dtype=dtype) + 1).requires_grad_(True)
+    y = compiled(0.5)(x)
+    assert y.dtype == dtype and 0 < (y == 0).sum() < y.numel()
+    assert torch.equal(y, torch.where(y == 0, 0, x * 2))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.where(y == 0, 0, 2).to(dtype))
+    for p in (1.0, 1 - 1e-12):
+        assert torch.equal(compiled(p)(x), torch.zeros_like(x))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import random_holes
-from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask
+from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask, round_places
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 from training_transformer import TrainTransformerConfig, draw_masks
@@ -80,6 +80,31 @@ def test_the_loss_is_the_cross_entropy_of_the_hidden_tokens():
     log_p = model.transformer(torch.where(masked, 32, tokens), pixels).log_softmax(-1)
     expected = torch.stack([-log_p[b, n, tokens[b, n]] for b, n in masked.nonzero().tolist()])
     torch.testing.assert_close(model(tokens, masked, pixels), expected)
+
+
+@pytest.mark.parametrize("masked_count", [1, 7, 31, 32])
+def test_a_round_number_of_places_holds_all_that_is_masked_and_nothing_twice(masked_count):
+    masked = torch.zeros(2, 16, dtype=torch.bool)
+    masked.view(-1)[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:masked_count]] = True
+    places = round_places(masked)
+    assert len(places) == masked_count + masked_count % 2 and len(places.unique()) == len(places)
+    assert torch.equal(places[:masked_count], masked.flatten().nonzero().squeeze(1))
+
+
+def test_places_that_are_not_masked_cost_nothing():
+    model = tiny().train()
+    tokens, masked, pixels = torch.randint(0, 32, (3, 16)), torch.arange(48).view(3, 16) < 31, torch.rand(3, 16, 64)
+    losses = model(tokens, masked, pixels)
+    padded = model(tokens, masked, pixels, wanted=round_places(masked))
+    assert len(padded) == 33 > len(losses) == 31
+    assert torch.equal(padded[len(losses) :], torch.zeros(len(padded) - len(losses)))
+    torch.testing.assert_close(padded[: len(losses)], losses)
+    found = []
+    for loss in (losses.sum(), padded.sum()):
+        model.zero_grad()
+        loss.backward()
+        found.append([p.grad.clone() for p in model.transformer.parameters()])
+    torch.testing.assert_close(*found)
 
 
 def test_hidden_tokens_have_no_influence_on_the_loss_of_others():

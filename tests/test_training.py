@@ -5,6 +5,7 @@ import math
 import tarfile
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ import training
 import training_transformer
 import training_vqgan
 import utils
-from models.maskgit import MaskGIT
+from models.maskgit import MaskGIT, round_places
 from models.transformer import TransformerConfig
 from utils import UserError
 
@@ -118,13 +119,13 @@ def test_stage_2_validates_when_it_is_due_and_may_hold_its_rate(setting, tmp_pat
     assert rates == pytest.approx([0.005] + [0.01] * (STEPS - 1))
 
 
-def test_compile_compiles_every_block_but_the_last(setting, tmp_path):
+def test_compile_compiles_every_block(setting, tmp_path):
     def patch():
-        torch.nn.Module.compile = lambda block: print("compiled", type(block).__name__)
+        torch.nn.Module.compile = lambda block, **_: print("compiled", type(block).__name__)
 
     flags = ("--compile", "--epochs", "1", "--set", "transformer.depth=3")
     child = succeed("transformer", setting.argv("transformer", tmp_path / "a", *flags), patch)
-    assert child.text.count("compiled Block\n") == 2
+    assert child.text.count("compiled Block\n") == 3
 
 
 def test_augmented_pictures_are_encoded_as_they_are_seen(setting):
@@ -156,6 +157,78 @@ def test_augmented_pictures_are_encoded_as_they_are_seen(setting):
     for whole, mine in zip(after[:3], zip(*(part[:3] for part in parts), strict=True), strict=True):
         assert torch.equal(torch.stack(mine, 1).flatten(0, 1), whole)
     assert after[3] == parts[0][3] == parts[1][3]
+
+
+def test_gradients_are_captured_once_for_each_shape(monkeypatch):
+    """With a plain call in place of a CUDA graph, which writes into the gradients that it was captured with."""
+    captured = []
+
+    class Graph:
+        def __init__(self, function, inputs, beside):
+            captured.append((len(inputs[0]), None if beside is None else captured[0][0]))
+            self.function, self.outputs = function, function(*inputs)
+
+        def __call__(self, *inputs):
+            returned, found = self.function(*inputs)
+            for mine, now in zip(self.outputs[1], found, strict=True):
+                mine.copy_(now)
+            return returned, self.outputs[1]
+
+    monkeypatch.setattr(training, "Captured", Graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    weight = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def function(x, nothing):
+        weight.grad = None
+        loss = (x @ weight.repeat(len(x) // 2)).square()
+        loss.backward()
+        return loss.detach()
+
+    gradients = training.CapturedGradients(function, [weight])
+    for x in ([1.0, 0.0], [1.0, 1.0, 0.0, 1.0], [0.0, 1.0], [1.0, 1.0, 1.0, 1.0]):
+        x = torch.tensor(x)
+        loss, found = gradients(x, None), weight.grad.clone()
+        assert loss == function(x, None) and torch.equal(found, weight.grad)
+    assert captured == [(2, None), (4, 2)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+def test_captured_gradients_are_the_gradients(setting, compile):
+    torch.manual_seed(0)
+    sections = utils.load_config(setting.config)
+    options = sections["transformer"] | {"dropout": 0.0, "attention_dropout": 0.0}
+    model = MaskGIT(sections["vqgan"], options).train().to("cuda")
+    parameters = list(model.transformer.parameters())
+    if compile:
+        model.transformer.compile_blocks()
+
+    def gradients(tokens, masked, pixels, wanted):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(tokens, masked, pixels, wanted=wanted).sum()
+        loss.backward()
+        return loss.detach()
+
+    graphs = training.CapturedGradients(gradients, parameters)
+    N, K = options["seq_len"], options["codebook_size"]
+    before = torch.cuda.get_rng_state()
+    for share in (0.3, 0.8, 0.3):    # two sizes, the first one again
+        masked = torch.rand(8, N) < share
+        tokens, pixels = torch.randint(K, (8, N)).cuda(), torch.rand(8, N, options["pixel_dim"]).cuda()
+        loss = graphs(tokens, masked.cuda(), pixels, round_places(masked).cuda()).item()
+        found = [p.grad.clone() for p in parameters]
+        assert loss == pytest.approx(gradients(tokens, masked, pixels, None).item(), rel=0.01)
+        for mine, p in zip(found, parameters, strict=True):
+            assert (mine - p.grad).norm() <= 0.03 * p.grad.norm() + 1e-6
+    assert len(graphs.graphs) == 2 and torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_stage_2_refuses_to_capture_on_a_cpu(setting, tmp_path):
+    child = run("transformer", setting.argv("transformer", tmp_path / "a", "--capture"))
+    assert child.code == 2 and "--capture is for one process on a CUDA device, here there are 1 on cpu" in child.text
+    assert not (tmp_path / "a").exists()
 
 
 @dataclass

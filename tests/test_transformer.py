@@ -124,6 +124,18 @@ def test_norms_are_where_the_config_says():
     assert isinstance(transformer(pre_norm=True).final_norm, nn.LayerNorm)
 
 
+def test_a_post_norm_model_goes_on_in_half_precision_in_training_alone():
+    seen: list[torch.dtype] = []
+    model = transformer(pre_norm=False)
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, x: seen.append(x.dtype))
+    for training in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            model.train(training)(tokens())
+    depth = len(model.blocks)
+    assert seen == [torch.bfloat16] * depth + [torch.float32] * depth
+
+
 def test_initial_weights():
     """BERT's rule; a pre-norm block's two outputs are 1 / sqrt(2 depth) of a post-norm one's, drawn from the same seed."""
     post, pre = transformer(pre_norm=False, depth=8), transformer(pre_norm=True, depth=8)
