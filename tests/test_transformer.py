@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.attention import count_parameters
-from models.transformer import BidirectionalTransformer, TransformerConfig
+from models.transformer import BidirectionalTransformer, Block, TransformerConfig
 
 SMALL = dict(codebook_size=11, seq_len=9, embed_dim=16, depth=2, num_heads=2, mlp_dim=32)
 
@@ -134,6 +134,29 @@ def test_a_post_norm_model_goes_on_in_half_precision_in_training_alone():
             model.train(training)(tokens())
     depth = len(model.blocks)
     assert seen == [torch.bfloat16] * depth + [torch.float32] * depth
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_compiled_blocks_train_alike_for_any_number_of_wanted_tokens(pre_norm, monkeypatch):
+    """With a backend that needs no compiler. The last block is traced once, whatever the number."""
+    compile = nn.Module.compile
+    monkeypatch.setattr(Block, "compile", lambda block, **options: compile(block, backend="aot_eager", **options))
+    torch.compiler.reset()
+    options = {"pre_norm": pre_norm, "qk_norm": pre_norm, "depth": 3, "dropout": 0.0, "attention_dropout": 0.0}
+    plain, fast = (lively(**options).train() for _ in range(2))
+    fast.compile_blocks()
+    traced = []
+    for count in (9, 4, 21):
+        wanted = torch.randperm(27, generator=torch.Generator().manual_seed(count))[:count]
+        outputs = [model(tokens(), wanted=wanted) for model in (plain, fast)]
+        torch.testing.assert_close(*outputs)
+        for model, logits in zip((plain, fast), outputs, strict=True):
+            model.zero_grad()
+            logits.square().mean().backward()
+        for a, b in zip(plain.parameters(), fast.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+        traced.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert traced[0] == traced[2] > 0
 
 
 def test_initial_weights():
