@@ -35,7 +35,7 @@ import utils
 from data import random_holes
 from models import MaskGIT
 from models.attention import count_parameters, use_fused_attention
-from models.maskgit import pixel_to_token_mask, round_places, to_device
+from models.maskgit import pixel_to_token_mask, places, to_device
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 from tasks import load_model
@@ -423,11 +423,12 @@ def training_step(
     image, _ = draw_pictures(batch, model.image_size, device)
     cache, count = model.vqgan.encode(image), itertools.count()
 
-    def draw(step: int) -> tuple[Tensor, Tensor]:
+    def draw(step: int) -> tuple[Tensor, ...]:
         mask = random_holes(batch, model.image_size, utils.seeded("benchmark holes", step))
-        return mask, pixel_to_token_mask(mask, model.vqgan.config.stride)
+        masked = pixel_to_token_mask(mask, model.vqgan.config.stride)
+        return mask, masked, places(masked, rounded=plan.captured)
 
-    def gradients(tokens: Tensor, masked: Tensor, pixels: Tensor | None, wanted: Tensor | None) -> Tensor:
+    def gradients(tokens: Tensor, masked: Tensor, pixels: Tensor | None, wanted: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.half):
             losses = model(tokens, masked, pixels, wanted=wanted)
@@ -439,13 +440,9 @@ def training_step(
     graphs = CapturedGradients(gradients, model.transformer.parameters())
 
     def step() -> None:
-        mask, masked = draws(next(count))                                                 # (B, 1, H, W), (B, N)
+        mask, masked, wanted = (to_device(x, device) for x in draws(next(count)))         # (B, 1, H, W), (B, N), (M,)
         tokens = cache if plan.cached else model.vqgan.encode(image)
-        pixels = model.pixels_of(image, to_device(mask, device))
-        if plan.captured:
-            graphs(tokens, to_device(masked, device), pixels, to_device(round_places(masked), device))
-        else:
-            gradients(tokens, masked, pixels, None)
+        (graphs if plan.captured else gradients)(tokens, masked, model.pixels_of(image, mask), wanted)
         optimizer.step()
         utils.update_ema(average.transformer, model.transformer, 0.999)
 

@@ -32,7 +32,7 @@ import training
 import utils
 from data import Views, load_folder, random_holes, random_views, take_views, to_float
 from models.decoding import lowest
-from models.maskgit import MaskGIT, pixel_to_token_mask, round_places, to_device
+from models.maskgit import MaskGIT, pixel_to_token_mask, places, to_device
 from models.schedule import SCHEDULES, gamma
 from models.transformer import TransformerConfig
 from models.vqgan import VQGAN, VQGANConfig
@@ -181,6 +181,7 @@ class Batch(NamedTuple):
     holes: Tensor            # (b, 1, H, W) bool
     masked: Tensor           # (b, N) bool, tokens to be predicted
     total: Tensor            # scalar, how many these are in the whole batch
+    wanted: list[Tensor]     # their places (M,) in each micro-batch
 
 
 def draw_batch(run: Run, step: int) -> Batch:
@@ -198,52 +199,56 @@ def draw_batch(run: Run, step: int) -> Batch:
     views = None
     if c.augment:
         views = Views(*(part[mine] for part in random_views(len(chosen), c.augment, generator)))
-    return Batch(image, views, tokens, holes[mine], masked[mine], masked.sum())
+    total, masked, parts = masked.sum(), masked[mine], c.accum_grad
+    wanted = [places(masked[micro::parts], rounded=run.captured is not None) for micro in range(parts)]
+    return Batch(image, views, tokens, holes[mine], masked, total, wanted)
+
+
+class Prepared(NamedTuple):
+    """A batch as the model takes it, on its device."""
+
+    tokens: Tensor           # (b, N)
+    masked: Tensor           # (b, N) bool
+    pixels: Tensor | None    # (b, N, pixel_dim), where the transformer takes them
+    total: Tensor            # scalar
+    wanted: list[Tensor]     # (M,) for each micro-batch
 
 
 @torch.no_grad()
-def prepare(run: Run, batch: Batch) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """A batch as the model takes it: pixels (b, N, pixel_dim) or None, tokens (b, N), masked (b, N) on the CPU, total."""
+def prepare(run: Run, batch: Batch) -> Prepared:
     send = partial(to_device, device=run.accelerator.device)
-    tokens, total = send(batch.tokens), send(batch.total)
-    if batch.image is None:
-        return None, tokens, batch.masked, total
-    image = to_float(send(batch.image))                                                      # (b, 3, H, W)
-    if batch.views is not None:
-        image = take_views(image, Views(*map(send, batch.views)))
-        tokens = run.ema.vqgan.encode(image)                                                 # (b, N)
-    return run.ema.pixels_of(image, send(batch.holes)), tokens, batch.masked, total
+    tokens, pixels = send(batch.tokens), None
+    if batch.image is not None:
+        image = to_float(send(batch.image))                                                  # (b, 3, H, W)
+        if batch.views is not None:
+            image = take_views(image, Views(*map(send, batch.views)))
+            tokens = run.ema.vqgan.encode(image)                                             # (b, N)
+        pixels = run.ema.pixels_of(image, send(batch.holes))
+    return Prepared(tokens, send(batch.masked), pixels, send(batch.total), [*map(send, batch.wanted)])
 
 
 def gradients(
-    run: Run, tokens: Tensor, masked: Tensor, pixels: Tensor | None, total: Tensor, *wanted: Tensor | None
+    run: Run, tokens: Tensor, masked: Tensor, pixels: Tensor | None, total: Tensor, *wanted: Tensor
 ) -> Tensor:
-    """The gradients of one optimizer step. Returns the mean cross-entropy of this process's part, times the processes.
+    """The gradients of one optimizer step, for a `Prepared` batch.
 
-    Args:
-        wanted: for each micro-batch, see `MaskGIT.forward`; all given, no number is read back from the device.
+    Returns the mean cross-entropy of this process's part, times the processes. No number is read back from the device here,
+    so that all of it can be captured.
     """
     accelerator, parts = run.accelerator, len(wanted)
     run.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=accelerator.device)
-    for micro, places in enumerate(wanted):
+    for micro, chosen in enumerate(wanted):
         part = slice(micro, None, parts)
         with training.local_gradients(accelerator, micro < parts - 1, run.model):
             with accelerator.autocast():
                 x = None if pixels is None else pixels[part]
-                losses = run.model(tokens[part], masked[part], x, run.config.label_smoothing, places)    # (M,)
+                losses = run.model(tokens[part], masked[part], x, run.config.label_smoothing, chosen)    # (M,)
             # Gradients are averaged over processes, each of which holds a share of the hidden tokens.
             mean = losses.sum() / total * accelerator.num_processes
             accelerator.backward(mean)
         loss += mean.detach()
     return loss
-
-
-def captured_gradients(run: Run, tokens: Tensor, masked: Tensor, pixels: Tensor | None, total: Tensor) -> Tensor:
-    """`gradients` as CUDA graphs, one for each number of wanted tokens, of which `round_places` makes few."""
-    send, parts = partial(to_device, device=tokens.device), run.config.accum_grad
-    wanted = [send(round_places(masked[micro::parts])) for micro in range(parts)]
-    return run.captured(tokens, send(masked), pixels, total, *wanted)
 
 
 def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
@@ -253,14 +258,11 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
         NotFinite: loss or gradient is not finite; nothing has been changed.
     """
     c, accelerator = run.config, run.accelerator
-    pixels, tokens, masked, total = prepare(run, batch)
+    *parts, wanted = prepare(run, batch)
     if c.rate_schedule != "plateau":
         steps = run.total_steps if c.rate_schedule == "cosine" else math.inf
         utils.set_rate(run.optimizer, utils.cosine_rate(step, steps, c.learning_rate, c.warmup_steps))
-    if run.captured is None:
-        loss = gradients(run, tokens, masked, pixels, total, *[None] * c.accum_grad)
-    else:
-        loss = captured_gradients(run, tokens, masked, pixels, total)
+    loss = (run.captured or partial(gradients, run))(*parts, *wanted)
     norm = accelerator.clip_grad_norm_(run.plain.transformer.parameters(), c.grad_clip)
     values = utils.average_over_processes({"loss": loss, "gradient_norm": norm}, accelerator)
     training.check_all_finite(values, step)

@@ -48,12 +48,13 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
 
 
-def round_places(masked: Tensor) -> Tensor:
-    """Positions b * N + n of all that is masked, and of as many others as make their number a multiple of B * N / 16.
+def places(masked: Tensor, rounded: bool = False) -> Tensor:
+    """Positions b * N + n of all that is masked: (M,).
 
-    So batches come with few different numbers, each of which can be captured as a CUDA graph.
+    Rounded, of as many others after them as make M a multiple of B * N / 16: so batches come with few different M, for each
+    of which a CUDA graph can be captured.
     """
-    step = max(1, masked.shape[1] // 16) * len(masked)
+    step = max(1, masked.shape[1] // 16) * len(masked) if rounded else 1
     first, others = (x.flatten().nonzero().squeeze(1) for x in (masked, ~masked))
     return torch.cat([first, others[: -len(first) % step]])                # (M,)
 
@@ -144,16 +145,14 @@ class MaskGIT(
 
         Args:
             tokens: (B, N) true tokens.
-            masked: (B, N) bool, the tokens to be hidden and predicted. Best on the CPU, whatever the tokens are on: how many
-                there are is then known without waiting for a GPU.
+            masked: (B, N) bool, the tokens to be hidden and predicted.
             pixels: (B, N, pixel_dim), see `patch_pixels`, where the transformer takes them.
-            wanted: (M,) positions b * N + n whose cross-entropies are returned; default: all masked ones.
+            wanted: (M,) positions b * N + n whose cross-entropies are returned; default: `places(masked)`, for whose number
+                a GPU has to be waited for.
         Returns:
             Cross-entropies of the wanted tokens, (M,), in nats; 0 where they are not masked.
         """
-        if wanted is None:
-            wanted = masked.flatten().nonzero().squeeze(1)                                       # (M,)
-        wanted, masked = to_device(wanted, tokens.device), to_device(masked, tokens.device)
+        wanted = places(masked) if wanted is None else wanted                                    # (M,)
         logits = self.transformer(torch.where(masked, self.mask_token_id, tokens), pixels, wanted)    # (M, K)
         true, counts = tokens.flatten()[wanted], masked.flatten()[wanted]                        # (M,), (M,)
         return F.cross_entropy(logits.float(), true, label_smoothing=label_smoothing, reduction="none") * counts

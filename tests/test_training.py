@@ -28,7 +28,7 @@ import training
 import training_transformer
 import training_vqgan
 import utils
-from models.maskgit import MaskGIT, round_places
+from models.maskgit import MaskGIT, places
 from models.transformer import TransformerConfig
 from utils import UserError
 
@@ -139,24 +139,29 @@ def test_augmented_pictures_are_encoded_as_they_are_seen(setting):
     def rows(chosen, mirrored):
         return tokens[chosen, mirrored.long()], images[chosen]
 
-    def draw(augment, rank=0, processes=1):
+    def draw(augment, rank=0, processes=1, captured=None):
         c = training_transformer.TrainTransformerConfig(batch_size=8, augment=augment)
         place = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"))
         run = SimpleNamespace(config=c, accelerator=place, ema=model, pictures=Pictures(rows, len(images)), per_epoch=3)
+        run.captured = captured
         batch = training_transformer.draw_batch(run, 4)
         return batch, training_transformer.prepare(run, batch)
 
     (plain, before), (batch, after) = draw(0.0), draw(0.6)
     changed = batch.views.changed
     assert 0 < changed.sum() < 8 and torch.equal(plain.image, batch.image)
-    same = (before[1] == after[1]).all(1)
+    same = (before.tokens == after.tokens).all(1)
     assert same[~changed].all() and not same[changed].any()
     seen = data.take_views(data.to_float(batch.image), batch.views)
-    assert torch.equal(after[1], vqgan.encode(seen)) and torch.equal(after[0], model.pixels_of(seen, batch.holes))
+    assert torch.equal(after.tokens, vqgan.encode(seen)) and torch.equal(after.pixels, model.pixels_of(seen, batch.holes))
+    assert torch.equal(torch.cat(after.wanted), after.masked.flatten().nonzero().squeeze(1))
     parts = [draw(0.6, rank, 2)[1] for rank in range(2)]
     for whole, mine in zip(after[:3], zip(*(part[:3] for part in parts), strict=True), strict=True):
         assert torch.equal(torch.stack(mine, 1).flatten(0, 1), whole)
-    assert after[3] == parts[0][3] == parts[1][3]
+    assert after.total == parts[0].total == parts[1].total == after.masked.sum()
+    assert sum(len(part.wanted[0]) for part in parts) == after.total
+    (rounded,) = draw(0.6, captured=object())[1].wanted
+    assert torch.equal(rounded[: after.total], after.wanted[0]) and len(rounded) == 8 * math.ceil(after.total / 8)
 
 
 def test_gradients_are_captured_once_for_each_shape(monkeypatch):
@@ -217,9 +222,9 @@ def test_captured_gradients_are_the_gradients(setting, compile):
     for share in (0.3, 0.8, 0.3):    # two sizes, the first one again
         masked = torch.rand(8, N) < share
         tokens, pixels = torch.randint(K, (8, N)).cuda(), torch.rand(8, N, options["pixel_dim"]).cuda()
-        loss = graphs(tokens, masked.cuda(), pixels, round_places(masked).cuda()).item()
+        loss = graphs(tokens, masked.cuda(), pixels, places(masked, rounded=True).cuda()).item()
         found = [p.grad.clone() for p in parameters]
-        assert loss == pytest.approx(gradients(tokens, masked, pixels, None).item(), rel=0.01)
+        assert loss == pytest.approx(gradients(tokens, masked.cuda(), pixels, None).item(), rel=0.01)
         for mine, p in zip(found, parameters, strict=True):
             assert (mine - p.grad).norm() <= 0.03 * p.grad.norm() + 1e-6
     assert len(graphs.graphs) == 2 and torch.equal(torch.cuda.get_rng_state(), before)
