@@ -67,9 +67,10 @@ def iterative_decode(
     # All rounds at once: the same numbers as round by round, and one copy to a GPU.
     noises = torch.stack([torch.rand(last, 2, N, generator=g) for g in generators], 1).to(tokens.device)
     for t, noise in enumerate(noises, 1):                                                  # (B, 2, N)
-        if bool(masked.any()):
+        places = masked.flatten().nonzero().squeeze(1)    # (M,); a GPU is waited for, so once a round
+        if len(places):
             logits = tokens_to_logits(torch.where(masked, mask_token_id, tokens))          # (M, K)
-            tokens, score = _predict(decoder, logits, tokens, masked, temperature, noise[:, 0])
+            tokens, score = _predict(decoder, logits, tokens, masked, temperature, noise[:, 0].flatten()[places])
             confidence = _confidence(decoder, score, t, total_iter, choice_temperature, noise[:, 1])
             confidence = torch.where(masked, confidence, KNOWN_CONFIDENCE)                 # (B, N)
             masked = lowest(confidence, plan[:, t - 1]) & masked                           # (B, N)
@@ -108,9 +109,8 @@ def _plan(decoder: str, schedule: str, hole: Tensor, total_iter: int) -> Tensor:
 
 def _predict(decoder: str, logits: Tensor, tokens: Tensor, masked: Tensor, temperature: float, uniform: Tensor):
     """Predicted tokens (B, N), known ones as given, and scores (B, N): log-probabilities, in 'reference' probabilities."""
-    count = int(masked.sum())
-    if len(logits) != count:
-        raise ValueError(f"tokens_to_logits must give a row for each of {count} masked tokens, got {len(logits)}")
+    if len(logits) != len(uniform):
+        raise ValueError(f"tokens_to_logits must give a row for each of {len(uniform)} masked tokens, got {len(logits)}")
     logits = logits.float()                                                                # (M, K)
     log_p = logits.log_softmax(dim=-1)                                                     # (M, K)
     if decoder == "reference" or temperature == 0:
@@ -118,7 +118,7 @@ def _predict(decoder: str, logits: Tensor, tokens: Tensor, masked: Tensor, tempe
     else:
         # Inverse transform: the first code whose cumulative probability exceeds a uniform number.
         cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)                 # (M, K)
-        target = uniform[masked].unsqueeze(1) * cumulative[:, -1:]                         # (M, 1), in [0, total)
+        target = uniform.unsqueeze(1) * cumulative[:, -1:]                                 # (M, 1), in [0, total)
         picked = torch.searchsorted(cumulative, target, right=True).squeeze(1)             # (M,)
         picked = picked.clamp_max(logits.shape[1] - 1)
     score = log_p.gather(1, picked.unsqueeze(1)).squeeze(1)                                # (M,)
