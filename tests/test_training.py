@@ -56,7 +56,7 @@ def test_a_batch_can_be_learnt_by_heart(setting, tmp_path, stage, term, share):
     flags += {
         "vqgan": ["--set", "train_vqgan.adversarial_from=1.0", "--set", "train_vqgan.freeze_tokens_from=1.0"],
         "transformer": ["--set", "transformer.dropout=0.0", "--set", "transformer.attention_dropout=0.0",
-                        "--set", "train_transformer.seed=0",
+                        "--set", "train_transformer.seed=0", "--set", "train_transformer.validate_every=150",
                         "--set", "train_transformer.rate_schedule=cosine", "--set", "train_transformer.warmup_steps=5"],
     }[stage]    # fmt: skip
     succeed(stage, setting.argv(stage, tmp_path / "a", *flags, train=pictures))
