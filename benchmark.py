@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import dataclasses
 import gc
 import itertools
 import json
@@ -22,7 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +34,8 @@ import utils
 from data import random_holes
 from models import MaskGIT
 from models.attention import count_parameters, use_fused_attention
-from models.maskgit import pixel_to_token_mask, places, to_device
+from models.decoding import places
+from models.maskgit import pixel_to_token_mask, rounded_places, to_device
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 from tasks import load_model
@@ -426,7 +426,7 @@ def training_step(
     def draw(step: int) -> tuple[Tensor, ...]:
         mask = random_holes(batch, model.image_size, utils.seeded("benchmark holes", step))
         masked = pixel_to_token_mask(mask, model.vqgan.config.stride)
-        return mask, masked, places(masked, rounded=plan.captured)
+        return mask, masked, (rounded_places if plan.captured else places)(masked)
 
     def gradients(tokens: Tensor, masked: Tensor, pixels: Tensor | None, wanted: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -437,12 +437,12 @@ def training_step(
         return loss.detach()
 
     draws = Ahead(draw, threads=8 if device.type == "cuda" else 0)
-    graphs = CapturedGradients(gradients, model.transformer.parameters())
+    run = CapturedGradients(gradients, model.transformer.parameters()) if plan.captured else gradients
 
     def step() -> None:
         mask, masked, wanted = (to_device(x, device) for x in draws(next(count)))         # (B, 1, H, W), (B, N), (M,)
         tokens = cache if plan.cached else model.vqgan.encode(image)
-        (graphs if plan.captured else gradients)(tokens, masked, model.pixels_of(image, mask), wanted)
+        run(tokens, masked, model.pixels_of(image, mask), wanted)
         optimizer.step()
         utils.update_ema(average.transformer, model.transformer, 0.999)
 
@@ -461,12 +461,12 @@ def train(args: argparse.Namespace, bench: Bench) -> dict:
         Plan("default, tokens cached, bfloat16", model, B, True, True),
     ]
     if cuda:
-        plans += [dataclasses.replace(plan, name=f"{plan.name}, captured", captured=True) for plan in plans[2:]]
+        plans += [replace(plan, name=f"{plan.name}, captured", captured=True) for plan in plans[2:]]
     dtypes = {False: torch.float32, True: torch.bfloat16}
     peak = {half: matmul_peak(bench.device, dtype, bench.quick) for half, dtype in dtypes.items()}
     cases, columns = [], []
     for plan in plans:
-        counted, few = training_step(dataclasses.replace(plan, captured=False), 4, bench.device)
+        counted, few = training_step(replace(plan, captured=False), 4, bench.device)
         flops = count_flops(few, counted) / 4    # holes differ, and with them the number of tokens to be predicted
         before = memory_now(bench.device)
         _, step = training_step(plan, plan.batch, bench.device, bench.compile and plan.half)

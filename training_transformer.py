@@ -31,8 +31,8 @@ import token_cache
 import training
 import utils
 from data import Views, load_folder, random_holes, random_views, take_views, to_float
-from models.decoding import lowest
-from models.maskgit import MaskGIT, pixel_to_token_mask, places, to_device
+from models.decoding import lowest, places
+from models.maskgit import MaskGIT, pixel_to_token_mask, rounded_places, to_device
 from models.schedule import SCHEDULES, gamma
 from models.transformer import TransformerConfig
 from models.vqgan import VQGAN, VQGANConfig
@@ -200,7 +200,8 @@ def draw_batch(run: Run, step: int) -> Batch:
     if c.augment:
         views = Views(*(part[mine] for part in random_views(len(chosen), c.augment, generator)))
     total, masked, parts = masked.sum(), masked[mine], c.accum_grad
-    wanted = [places(masked[micro::parts], rounded=run.captured is not None) for micro in range(parts)]
+    find = rounded_places if run.captured else places
+    wanted = [find(masked[micro::parts]) for micro in range(parts)]
     return Batch(image, views, tokens, holes[mine], masked, total, wanted)
 
 

@@ -67,10 +67,10 @@ def iterative_decode(
     # All rounds at once: the same numbers as round by round, and one copy to a GPU.
     noises = torch.stack([torch.rand(last, 2, N, generator=g) for g in generators], 1).to(tokens.device)
     for t, noise in enumerate(noises, 1):                                                  # (B, 2, N)
-        places = masked.flatten().nonzero().squeeze(1)    # (M,); a GPU is waited for, so once a round
-        if len(places):
+        chosen = places(masked)    # (M,)
+        if len(chosen):
             logits = tokens_to_logits(torch.where(masked, mask_token_id, tokens))          # (M, K)
-            tokens, score = _predict(decoder, logits, tokens, masked, temperature, noise[:, 0].flatten()[places])
+            tokens, score = _predict(decoder, logits, tokens, masked, temperature, noise[:, 0].flatten()[chosen])
             confidence = _confidence(decoder, score, t, total_iter, choice_temperature, noise[:, 1])
             confidence = torch.where(masked, confidence, KNOWN_CONFIDENCE)                 # (B, N)
             masked = lowest(confidence, plan[:, t - 1]) & masked                           # (B, N)
@@ -139,6 +139,11 @@ def _confidence(decoder: str, score: Tensor, t: int, total_iter: int, choice_tem
     gumbel = -torch.log(-torch.log(uniform.clamp(tiny, 1 - 1e-7)))                         # (B, N)
     progress = (t - 1) / total_iter if decoder == "reference" else t / total_iter
     return score + choice_temperature * (1 - progress) * gumbel
+
+
+def places(masked: Tensor) -> Tensor:
+    """Positions b * N + n of all that is True in (B, N): (M,). A GPU is waited for, to know M."""
+    return masked.flatten().nonzero().squeeze(1)
 
 
 def lowest(confidence: Tensor, count: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from models import pictures, quantize
-from models.decoding import Round, iterative_decode
+from models.decoding import Round, iterative_decode, places
 from models.transformer import BidirectionalTransformer, TransformerConfig
 from models.vqgan import VQGAN, VQGANConfig
 
@@ -48,15 +48,14 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
 
 
-def places(masked: Tensor, rounded: bool = False) -> Tensor:
-    """Positions b * N + n of all that is masked: (M,).
+def rounded_places(masked: Tensor) -> Tensor:
+    """`places`, and after them as many others as make M a multiple of B * N / 16.
 
-    Rounded, of as many others after them as make M a multiple of B * N / 16: so batches come with few different M, for each
-    of which a CUDA graph can be captured.
+    So batches come with few different M, for each of which a CUDA graph can be captured.
     """
-    step = max(1, masked.shape[1] // 16) * len(masked) if rounded else 1
-    first, others = (x.flatten().nonzero().squeeze(1) for x in (masked, ~masked))
-    return torch.cat([first, others[: -len(first) % step]])                # (M,)
+    step = max(1, masked.shape[1] // 16) * len(masked)
+    first = places(masked)
+    return torch.cat([first, places(~masked)[: -len(first) % step]])       # (M,)
 
 
 def pixel_to_token_mask(mask: Tensor, stride: int) -> Tensor:
@@ -147,8 +146,7 @@ class MaskGIT(
             tokens: (B, N) true tokens.
             masked: (B, N) bool, the tokens to be hidden and predicted.
             pixels: (B, N, pixel_dim), see `patch_pixels`, where the transformer takes them.
-            wanted: (M,) positions b * N + n whose cross-entropies are returned; default: `places(masked)`, for whose number
-                a GPU has to be waited for.
+            wanted: (M,) positions b * N + n whose cross-entropies are returned; default: `places(masked)`.
         Returns:
             Cross-entropies of the wanted tokens, (M,), in nats; 0 where they are not masked.
         """
@@ -237,7 +235,7 @@ class MaskGIT(
         rows round differently, and a picture would depend on what it shares a batch with. `features` (B, N, D) are the
         transformer's of these tokens, where they are known already.
         """
-        wanted = (tokens.flatten() == self.mask_token_id).nonzero().squeeze(1)    # (M,)
+        wanted = places(tokens == self.mask_token_id)                             # (M,)
         filled = F.pad(wanted, (0, -len(wanted) % tokens.shape[1]))               # (M + a few,), position 0 again and again
         if features is None:
             features = self.transformer.features(tokens, pixels, filled)          # (M + a few, D)
