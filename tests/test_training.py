@@ -220,7 +220,7 @@ def test_captured_gradients_are_the_gradients(setting, compile):
     N, K = options["seq_len"], options["codebook_size"]
     before = torch.cuda.get_rng_state()
     for share in (0.3, 0.8, 0.3):    # two sizes, the first one again
-        masked = torch.rand(8, N) < share
+        masked = (torch.randperm(8 * N) < share * 8 * N).view(8, N)
         tokens, pixels = torch.randint(K, (8, N)).cuda(), torch.rand(8, N, options["pixel_dim"]).cuda()
         loss = graphs(tokens, masked.cuda(), pixels, rounded_places(masked).cuda()).item()
         found = [p.grad.clone() for p in parameters]
