@@ -33,6 +33,10 @@ import utils
 if not hasattr(os, "fork"):
     pytest.skip("these tests fork their trainings", allow_module_level=True)
 
+# Autograd decides at its first backward pass whether it keeps threads, which no fork copies. On a CPU it keeps none, unless
+# something was compiled before, in another test: then it takes what the compiler registers for a second device.
+torch.ones(1, requires_grad=True).sum().backward()
+
 # 24 pictures, 3 steps an epoch, 12 steps in all. Stage 1: discriminator from step 5, frozen tokens from step 9.
 CONFIG = """
 vqgan: {image_size: 16, stride: 4, codebook_size: 32, codebook_dim: 4, encoder_width: 16, encoder_depth: 1,
