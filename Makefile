@@ -6,6 +6,8 @@ VENV := .venv
 # Not the scripts of $(VENV)/bin: they hold the folder's path, and break when the repository is moved.
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --no-input
+# One process for each core, of one thread each. A process whose tests are done takes over half of those another still has.
+TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest --ignore=tests/browser -n auto --maxprocesses=4 --dist=worksteal
 
 # One stamp per set of packages, made only after pip has succeeded: an interrupted install is begun again, and a changed
 # requirements file is installed again.
@@ -32,7 +34,7 @@ inpaint: $(BASE)
 
 test: $(DEV)
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest --ignore=tests/browser
+	$(TESTS)
 
 demo: $(DEMO)
 	$(RUN) demo.py
@@ -42,7 +44,7 @@ test-demo: $(BROWSER)
 	$(RUN) -m pytest tests/browser || [ $$? -eq 5 ]
 
 coverage: $(DEV)
-	$(RUN) -m pytest --ignore=tests/browser --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(TESTS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 # ---- set-up ----
 
