@@ -151,7 +151,14 @@ class MaskGIT(
             Cross-entropies of the wanted tokens, (M,), in nats; 0 where they are not masked.
         """
         wanted = places(masked) if wanted is None else wanted                                    # (M,)
-        logits = self.transformer(torch.where(masked, self.mask_token_id, tokens), pixels, wanted)    # (M, K)
+        x = self.transformer.trunk(torch.where(masked, self.mask_token_id, tokens), pixels, wanted)    # (M, D)
+        if self.transformer.compiled:    # once for any M
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self.transformer.like_blocks(MaskGIT.losses)(self, x, tokens, masked, wanted, label_smoothing)
+
+    def losses(self, x: Tensor, tokens: Tensor, masked: Tensor, wanted: Tensor, label_smoothing: float) -> Tensor:
+        """The rest of `forward`, (M,); x (M, D) comes from the transformer's trunk."""
+        logits = self.transformer.predict(x, wanted)                                             # (M, K)
         true, counts = tokens.flatten()[wanted], masked.flatten()[wanted]                        # (M,), (M,)
         return F.cross_entropy(logits.float(), true, label_smoothing=label_smoothing, reduction="none") * counts
 

@@ -5,6 +5,8 @@ token also sees the pixels of its own patch and which of them are missing: a par
 pixels say a lot.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +40,12 @@ class TransformerConfig:
             raise ValueError(f"pixel_dim must be 0 or more, got {self.pixel_dim}")
         if self.embed_dim % self.num_heads != 0:
             raise ValueError(f"embed_dim ({self.embed_dim}) must be divisible by num_heads ({self.num_heads})")
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """torch.compile of a function, made when it is first needed: the compiler takes a second to import."""
+    return torch.compile(function)
 
 
 class Block(nn.Module):
@@ -119,11 +127,18 @@ class BidirectionalTransformer(nn.Module):
                     layer.weight.data.mul_((2 * self.config.depth) ** -0.5)
 
     def compile_blocks(self) -> None:
-        """torch.compile for every block: for the shapes that it meets, and the last one for any number of tokens."""
+        """torch.compile for every block: for the shapes that it meets, and the last one for any number of tokens.
+
+        What comes before and after them is compiled as well, see `like_blocks`.
+        """
         self.compiled = True
         for block in self.blocks[:-1]:
             block.compile(dynamic=False)
         self.blocks[-1].compile()
+
+    def like_blocks(self, function: Callable) -> Callable:
+        """The function, compiled where the blocks are."""
+        return compiled(function) if self.compiled else function
 
     def forward(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         """Logits over the codebook for every position, or for some.
@@ -135,31 +150,44 @@ class BidirectionalTransformer(nn.Module):
         Returns:
             (B, N, K), or (M, K) for the `wanted` ones: the mask token itself can't be predicted, in training or in decoding.
         """
-        features = self.features(tokens, pixels, wanted)
-        return self.logits(features, wanted) if self.training else self.exact_logits(features, wanted)
+        return self.predict(self.trunk(tokens, pixels, wanted), wanted)
 
     def features(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         """What the transformer knows of every position, or of some: (B, N, D) or (M, D), normalised. Arguments as above.
 
-        The logits are linear in them.
+        The logits are linear in them. In float32, whatever autocast says: a small part of the work, which decides between
+        codes that are nearly tied.
         """
+        return self.exact_features(self.trunk(tokens, pixels, wanted))
+
+    def trunk(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        """What comes out of the last block, (B, N, D) or (M, D). Arguments as above."""
         if (pixels is None) != (self.pixel_embed is None):
             raise ValueError(
                 f"this transformer was made with pixel_dim={self.config.pixel_dim}, "
                 f"so `pixels` must {'' if self.pixel_embed else 'not '}be given"
             )
-        x = self.token_embed(tokens) + self.pos_embed                               # (B, N, D)
-        if pixels is not None:
-            x = x + self.pixel_embed(pixels)                                        # (B, N, D)
-        x = self.dropout(self.embed_norm(x))                                        # (B, N, D)
+        x = self.like_blocks(BidirectionalTransformer.embed)(self, tokens, pixels)  # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)                                                            # (B, N, D)
         if self.compiled and wanted is not None:    # their number differs from call to call: compile once for all
             torch._dynamo.maybe_mark_dynamic(wanted, 0)
-        x = self.blocks[-1](x, wanted)                                              # (B, N, D) or (M, D)
+        return self.blocks[-1](x, wanted)                                           # (B, N, D) or (M, D)
+
+    def embed(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
+        """What goes into the first block, (B, N, D)."""
+        x = self.token_embed(tokens) + self.pos_embed                               # (B, N, D)
+        if pixels is not None:
+            x = x + self.pixel_embed(pixels)                                        # (B, N, D)
+        return self.dropout(self.embed_norm(x))                                     # (B, N, D)
+
+    def predict(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """From the `trunk` to the logits; in float32 outside of training."""
         if self.training:
-            return self.head(self.final_norm(x))                                    # like x
-        # A small part of the work, which decides between codes that are nearly tied: in float32 whatever autocast says.
+            return self.logits(self.head(self.final_norm(x)), wanted)
+        return self.exact_logits(self.exact_features(x), wanted)
+
+    def exact_features(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self.head(self.final_norm(x.float()))                            # like x
 

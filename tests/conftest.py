@@ -1,6 +1,10 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from models import transformer
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +14,22 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the pictures and weights in {folder}, which is not there")
     return folder
+
+
+@pytest.fixture
+def traced(monkeypatch) -> list[torch.nn.Module | Callable]:
+    """What is compiled from here on, modules and functions: with a backend that computes the same and needs no compiler."""
+    torch.compiler.reset()
+    seen, compile_module = [], torch.nn.Module.compile
+
+    def module(block: torch.nn.Module, **options) -> None:
+        seen.append(block)
+        compile_module(block, backend="eager", **options)
+
+    def function(f: Callable) -> Callable:
+        seen.append(f)
+        return torch.compile(f, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", module)
+    monkeypatch.setattr(transformer, "compiled", function)
+    return seen

@@ -124,12 +124,11 @@ def test_freed_memory_does_not_count():
     assert benchmark.memory_now(CPU) - before < 20 and last
 
 
-def test_only_the_copy_is_compiled(models, monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: seen.append(self))
+def test_only_the_copy_is_compiled(models, traced):
     model = models["cat64"]
     blocks = list(benchmark.compiled(model).transformer.blocks)
-    assert seen == blocks and len(seen) > 0 and not set(seen) & set(model.modules())
+    assert traced == blocks and len(traced) > 0 and not set(traced) & set(model.modules())
+    assert not model.transformer.compiled
 
 
 def test_a_training_step_trains_the_transformer_alone(models):
@@ -143,8 +142,7 @@ def test_a_training_step_trains_the_transformer_alone(models):
 
 
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
-def test_inpaint_reports_everything(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)    # which takes a compiler, and its time
+def test_inpaint_reports_everything(flags, tmp_path, capsys, traced):
     path = tmp_path / "report.json"
     assert benchmark.main(["inpaint", "--quick", "--rounds", "1", "--device", "cpu", "--json", str(path), *flags]) == 0
     report, out = json.loads(path.read_text()), capsys.readouterr().out

@@ -83,6 +83,24 @@ def test_the_loss_is_the_cross_entropy_of_the_hidden_tokens():
     torch.testing.assert_close(model(tokens, masked, pixels), expected)
 
 
+def test_a_compiled_loss_is_the_same_and_traced_once(traced):
+    plain, fast = (tiny().train() for _ in range(2))
+    fast.transformer.compile_blocks()
+    graphs = []
+    for count in (9, 4, 21):
+        tokens, masked = torch.randint(0, 32, (3, 16)), torch.arange(48).view(3, 16) < count
+        pixels = torch.rand(3, 16, 64)
+        losses = [model(tokens, masked, pixels, label_smoothing=0.1) for model in (plain, fast)]
+        torch.testing.assert_close(*losses)
+        for model, loss in zip((plain, fast), losses, strict=True):
+            model.zero_grad()
+            loss.mean().backward()
+        for a, b in zip(plain.transformer.parameters(), fast.transformer.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2] > 0 and MaskGIT.losses in traced
+
+
 @pytest.mark.parametrize("masked_count", [1, 7, 31, 32])
 def test_a_round_number_of_places_holds_all_that_is_masked_and_nothing_twice(masked_count):
     masked = torch.zeros(2, 16, dtype=torch.bool)

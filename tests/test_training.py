@@ -24,6 +24,7 @@ from tiny_runs import (
 )
 
 import data
+import models.transformer
 import training
 import training_transformer
 import training_vqgan
@@ -122,10 +123,12 @@ def test_stage_2_validates_when_it_is_due_and_may_hold_its_rate(setting, tmp_pat
 def test_compile_compiles_every_block(setting, tmp_path):
     def patch():
         torch.nn.Module.compile = lambda block, **_: print("compiled", type(block).__name__)
+        models.transformer.compiled = lambda function: print("compiled", function.__name__) or function
 
     flags = ("--compile", "--epochs", "1", "--set", "transformer.depth=3")
     child = succeed("transformer", setting.argv("transformer", tmp_path / "a", *flags), patch)
     assert child.text.count("compiled Block\n") == 3
+    assert child.text.count("compiled embed\n") == child.text.count("compiled losses\n") > 0
 
 
 def test_augmented_pictures_are_encoded_as_they_are_seen(setting):
