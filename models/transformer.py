@@ -188,6 +188,7 @@ class BidirectionalTransformer(nn.Module):
         return self.exact_logits(self.exact_features(x), wanted)
 
     def exact_features(self, x: Tensor) -> Tensor:
+        """From the `trunk` to the `features`."""
         with torch.autocast(x.device.type, enabled=False):
             return self.head(self.final_norm(x.float()))                            # like x
 
