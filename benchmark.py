@@ -35,11 +35,11 @@ from data import random_holes
 from models import MaskGIT
 from models.attention import count_parameters, use_fused_attention
 from models.decoding import places
-from models.maskgit import pixel_to_token_mask, rounded_places, to_device
+from models.maskgit import pixel_to_token_mask
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 from tasks import load_model
-from training import Ahead, Captured, CapturedGradients
+from training import Ahead, Captured, CapturedGradients, rounded_places, to_device
 from utils import UserError
 
 HERE = Path(__file__).resolve().parent

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import utils
 from data import DataError, load_folder, open_shards
+from models.decoding import places
 from models.maskgit import MaskGIT
 
 T = TypeVar("T")
@@ -310,6 +311,11 @@ class Ahead:
         return self.waiting.pop(step).result()
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x.to(device)`; to a GPU from memory that it reads by itself, so that nothing waits for the copy."""
+    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
+
+
 def beside(device: torch.device, function: Callable[[int], Iterable[Tensor | None]]) -> Callable[[int], Any]:
     """The same function for a thread of its own: its work on a GPU runs in a stream of its own, beside the training's."""
     if device.type != "cuda":
@@ -399,6 +405,16 @@ class CapturedGradients:
     def with_gradients(self, *inputs: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
         returned = self.function(*inputs)
         return returned, [parameter.grad for parameter in self.parameters]
+
+
+def rounded_places(masked: Tensor) -> Tensor:
+    """`places`, and after them as many others as make M a multiple of B * N / 16.
+
+    So batches come with few different M, for each of which a CUDA graph can be captured.
+    """
+    step = max(1, masked.shape[1] // 16) * len(masked)
+    first = places(masked)
+    return torch.cat([first, places(~masked)[: -len(first) % step]])       # (M,)
 
 
 # ---- where a run stands ----

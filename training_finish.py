@@ -173,7 +173,7 @@ def sampled_batch(run: Run, step: int, image: Tensor, mask: Tensor, seeds: list[
     """A step's drawn batch with its tokens: nothing in it learns, so on a GPU it is made while the step before it runs."""
     if step % (run.config.reuse * run.per_epoch) == 0:
         run.kept.clear()
-    image, mask = (x.to(run.accelerator.device, non_blocking=True) for x in (image, mask))
+    image, mask = (training.to_device(x, run.accelerator.device) for x in (image, mask))
     return Batch(image, mask, *mixed_tokens(run, image, mask, seeds))
 
 

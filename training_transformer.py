@@ -32,7 +32,7 @@ import training
 import utils
 from data import Views, load_folder, random_holes, random_views, take_views, to_float
 from models.decoding import lowest, places
-from models.maskgit import MaskGIT, pixel_to_token_mask, rounded_places, to_device
+from models.maskgit import MaskGIT, pixel_to_token_mask
 from models.schedule import SCHEDULES, gamma
 from models.transformer import TransformerConfig
 from models.vqgan import VQGAN, VQGANConfig
@@ -200,7 +200,7 @@ def draw_batch(run: Run, step: int) -> Batch:
     if c.augment:
         views = Views(*(part[mine] for part in random_views(len(chosen), c.augment, generator)))
     total, masked, parts = masked.sum(), masked[mine], c.accum_grad
-    find = rounded_places if run.captured else places
+    find = training.rounded_places if run.captured else places
     wanted = [find(masked[micro::parts]) for micro in range(parts)]
     return Batch(image, views, tokens, holes[mine], masked, total, wanted)
 
@@ -217,7 +217,7 @@ class Prepared(NamedTuple):
 
 @torch.no_grad()
 def prepare(run: Run, batch: Batch) -> Prepared:
-    send = partial(to_device, device=run.accelerator.device)
+    send = partial(training.to_device, device=run.accelerator.device)
     tokens, pixels = send(batch.tokens), None
     if batch.image is not None:
         image = to_float(send(batch.image))                                                  # (b, 3, H, W)

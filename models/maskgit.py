@@ -43,21 +43,6 @@ class Completion(NamedTuple):
     known: Known
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x.to(device)`; to a GPU from memory that it reads by itself, so that nothing waits for the copy."""
-    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
-
-
-def rounded_places(masked: Tensor) -> Tensor:
-    """`places`, and after them as many others as make M a multiple of B * N / 16.
-
-    So batches come with few different M, for each of which a CUDA graph can be captured.
-    """
-    step = max(1, masked.shape[1] // 16) * len(masked)
-    first = places(masked)
-    return torch.cat([first, places(~masked)[: -len(first) % step]])       # (M,)
-
-
 def pixel_to_token_mask(mask: Tensor, stride: int) -> Tensor:
     """mask: (B, 1, H, W), 1 = hole.  Returns (B, N) bool, True if any pixel of the token's patch is a hole."""
     return F.max_pool2d(mask.float(), kernel_size=stride).flatten(1) > 0.5
@@ -152,8 +137,6 @@ class MaskGIT(
         """
         wanted = places(masked) if wanted is None else wanted                                    # (M,)
         x = self.transformer.trunk(torch.where(masked, self.mask_token_id, tokens), pixels, wanted)    # (M, D)
-        if self.transformer.compiled:    # once for any M
-            torch._dynamo.maybe_mark_dynamic(x, 0)
         return self.transformer.like_blocks(MaskGIT.losses)(self, x, tokens, masked, wanted, label_smoothing)
 
     def losses(self, x: Tensor, tokens: Tensor, masked: Tensor, wanted: Tensor, label_smoothing: float) -> Tensor:

@@ -140,6 +140,12 @@ class BidirectionalTransformer(nn.Module):
         """The function, compiled where the blocks are."""
         return compiled(function) if self.compiled else function
 
+    def of_any_number(self, x: Tensor | None) -> Tensor | None:
+        """The same tensor. M differs from call to call: what is compiled and takes x is compiled once for all."""
+        if self.compiled and x is not None:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return x
+
     def forward(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         """Logits over the codebook for every position, or for some.
 
@@ -170,9 +176,7 @@ class BidirectionalTransformer(nn.Module):
         x = self.like_blocks(BidirectionalTransformer.embed)(self, tokens, pixels)  # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)                                                            # (B, N, D)
-        if self.compiled and wanted is not None:    # their number differs from call to call: compile once for all
-            torch._dynamo.maybe_mark_dynamic(wanted, 0)
-        return self.blocks[-1](x, wanted)                                           # (B, N, D) or (M, D)
+        return self.of_any_number(self.blocks[-1](x, self.of_any_number(wanted)))   # (B, N, D) or (M, D)
 
     def embed(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
         """What goes into the first block, (B, N, D)."""

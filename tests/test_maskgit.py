@@ -5,9 +5,10 @@ import torch
 
 from data import random_holes
 from models.decoding import places
-from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask, rounded_places
+from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
+from training import rounded_places
 from training_transformer import TrainTransformerConfig, draw_masks
 
 

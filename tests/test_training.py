@@ -29,7 +29,7 @@ import training
 import training_transformer
 import training_vqgan
 import utils
-from models.maskgit import MaskGIT, rounded_places
+from models.maskgit import MaskGIT
 from models.transformer import TransformerConfig
 from utils import UserError
 
@@ -225,7 +225,7 @@ def test_captured_gradients_are_the_gradients(setting, compile):
     for share in (0.3, 0.8, 0.3):    # two sizes, the first one again
         masked = (torch.randperm(8 * N) < share * 8 * N).view(8, N)
         tokens, pixels = torch.randint(K, (8, N)).cuda(), torch.rand(8, N, options["pixel_dim"]).cuda()
-        loss = graphs(tokens, masked.cuda(), pixels, rounded_places(masked).cuda()).item()
+        loss = graphs(tokens, masked.cuda(), pixels, training.rounded_places(masked).cuda()).item()
         found = [p.grad.clone() for p in parameters]
         assert loss == pytest.approx(gradients(tokens, masked.cuda(), pixels, None).item(), rel=0.01)
         for mine, p in zip(found, parameters, strict=True):
