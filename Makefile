@@ -25,7 +25,7 @@ help:
 	@echo "make test       lint and tests"
 	@echo "make demo       the demo in the browser"
 	@echo "make test-demo  the demo's tests in a real browser (needs chromium)"
-	@echo "make coverage   tests, with the share of models/ and data.py that they run; fails below 90 %"
+	@echo "make coverage   tests, with the share of models/ and pictures/ that they run; fails below 90 %"
 	@echo "PYTHON=python3.12 before the first of them picks another Python than python3."
 
 inpaint: $(BASE)
@@ -37,7 +37,7 @@ test: $(DEV)
 	$(TESTS)
 
 demo: $(DEMO)
-	$(RUN) demo.py
+	$(RUN) -m demo
 
 # Exit code 5 of pytest: nothing to run, as when every file of the folder is skipped as a whole.
 test-demo: $(BROWSER)

@@ -7,7 +7,6 @@ Statistics once:        python evaluate.py ... --save-statistics originals.npz, 
 
 Pictures are paired by their names without suffix, and both folders must hold the same ones.
 """
-
 import argparse
 import json
 import math
@@ -22,9 +21,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
-from features import Features, Statistics, load_features
-from metrics import INSIDE, RIM, Perceptual, frechet_distance, kernel_distance, load_perceptual, paired_metrics, summarise
+from evaluation.features import Features, Statistics, load_features
+from evaluation.metrics import (
+    INSIDE,
+    RIM,
+    Perceptual,
+    frechet_distance,
+    kernel_distance,
+    load_perceptual,
+    paired_metrics,
+    summarise,
+)
+from pictures.files import find_images, pair
+from pictures.images import read_image, read_mask
 from utils import Parser, UserError, atomic_write, pick_device, run_cli, writable_folder
 
 PACKAGES = ("torch", "torchvision", "numpy", "torchmetrics", "pytorch-fid", "onnxruntime", "pillow")
@@ -113,12 +122,12 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def find_sets(args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Path] | None]:
     """Files of both sets by stem; None for originals that are saved statistics."""
-    predicted = data.find_images(args.predicted)
+    predicted = find_images(args.predicted)
     if args.ground_truth.suffix == ".npz":
         if not args.ground_truth.is_file():
             raise UserError(f"--ground-truth {args.ground_truth}: there is no such file")
         return predicted, None
-    truth = data.find_images(args.ground_truth)
+    truth = find_images(args.ground_truth)
     if not args.unpaired:
         check_same_pictures(args, predicted, truth)
     return predicted, truth
@@ -142,7 +151,7 @@ def read_images(files: dict[str, Path], what: str, size: tuple[int, int] | None 
     """uint8 (N, 3, H, W); every picture must have the given size, or the first one's."""
     images = []
     for path in tqdm(files.values(), desc=f"reading {what}", unit="picture", disable=None):
-        image = data.read_image(path)                     # (3, H, W)
+        image = read_image(path)                     # (3, H, W)
         size = image.shape[1:] if size is None else size
         check_size(path, image, size)
         images.append(image)
@@ -151,11 +160,11 @@ def read_images(files: dict[str, Path], what: str, size: tuple[int, int] | None 
 
 def read_masks(truth: dict[str, Path], args: argparse.Namespace, size: tuple[int, int]) -> Tensor:
     """bool (N, 1, H, W), True = hole, in the originals' order; one mask file may serve all."""
-    pairs = data.pair(args.ground_truth, args.masks)
+    pairs = pair(args.ground_truth, args.masks)
     by_stem = {stem: mask for stem, _, mask in pairs}
     masks = []
     for stem in tqdm(truth, desc="reading masks", unit="mask", disable=None):
-        mask = data.read_mask(by_stem[stem], args.mask_hole)
+        mask = read_mask(by_stem[stem], args.mask_hole)
         check_size(by_stem[stem], mask, size)
         masks.append(mask)
     return torch.stack(masks)

@@ -9,7 +9,6 @@ picture is shrunk to the model's size, completed, and the hole's content pasted 
 Writes OUTPUT/images/NAME.png, and with --save-steps OUTPUT/steps/NAME.png (the input, then the picture after every round),
 OUTPUT/masks/NAME.png (the tokens still masked after every round, white) and OUTPUT/steps/NAME.gif.
 """
-
 import argparse
 import sys
 import time
@@ -25,13 +24,13 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import utils
-from data import to_uint8, write_image
 from models import MaskGIT
 from models.decoding import DECODERS, Round
 from models.pictures import finish, shrink
 from models.schedule import SCHEDULES
+from pictures.images import to_uint8, write_image
 from tasks import Pair, add_flags, check_counts, load_model, read_pair, usable_pairs
+from utils import Parser, UserError, atomic_write, pick_device, run_cli, seeded, writable_folder
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Job:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     flag = parser.add_argument
     flag("--mask-func", default="cosine", metavar="NAME", help=f"schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
@@ -67,15 +66,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can't work before anything is read or written."""
     if args.mask_func not in SCHEDULES:
-        raise utils.UserError(f"unknown --mask-func {args.mask_func!r}; expected one of {', '.join(SCHEDULES)}")
+        raise UserError(f"unknown --mask-func {args.mask_func!r}; expected one of {', '.join(SCHEDULES)}")
     if args.decoder not in DECODERS:
-        raise utils.UserError(f"unknown --decoder {args.decoder!r}; expected one of {', '.join(DECODERS)}")
+        raise UserError(f"unknown --decoder {args.decoder!r}; expected one of {', '.join(DECODERS)}")
     check_counts(args, "total_iter", "batch_size", "num_samples")
     if args.sweet_spot is not None and not 1 <= args.sweet_spot <= args.total_iter:
-        raise utils.UserError(f"--sweet-spot must lie in 1..{args.total_iter} (--total-iter), got {args.sweet_spot}")
+        raise UserError(f"--sweet-spot must lie in 1..{args.total_iter} (--total-iter), got {args.sweet_spot}")
     for name in ("temperature", "choice_temperature"):
         if not 0 <= getattr(args, name) < float("inf"):
-            raise utils.UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
 
 
 def jobs(args: argparse.Namespace, pairs: list[Pair]) -> Iterator[Job]:
@@ -86,7 +85,7 @@ def jobs(args: argparse.Namespace, pairs: list[Pair]) -> Iterator[Job]:
             print(f"notice: mask {mask_path.name} has no hole; {image_path.name} is copied through", file=sys.stderr)
         for i in range(args.num_samples):
             name = f"{stem}_s{i}" if args.num_samples > 1 else stem
-            yield Job(name, image, hole, utils.seeded(args.seed, stem, i).initial_seed())
+            yield Job(name, image, hole, seeded(args.seed, stem, i).initial_seed())
 
 
 def complete_batch(model: MaskGIT, batch: list[Job], args: argparse.Namespace, output: Path) -> None:
@@ -128,7 +127,7 @@ def write_steps(job: Job, pictures: Tensor, masks: Tensor, output: Path) -> None
     frames = torch.cat([pictures, masks], dim=3)                               # (T + 1, 3, H, 2 W)
     frames = F.interpolate(frames.float(), scale_factor=3).to(torch.uint8)     # nearest: pixels stay pixels
     first, *rest = (Image.fromarray(f.permute(1, 2, 0).numpy()) for f in frames)
-    with utils.atomic_write(output / "steps" / f"{job.name}.gif") as temporary:
+    with atomic_write(output / "steps" / f"{job.name}.gif") as temporary:
         times = [600] + [250] * (len(rest) - 1) + [1500]                       # ms
         first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=times, loop=0)
 
@@ -136,12 +135,12 @@ def write_steps(job: Job, pictures: Tensor, masks: Tensor, output: Path) -> None
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_args(args)
-    device = utils.pick_device(args.device)
+    device = pick_device(args.device)
     pairs = usable_pairs(args)
     model = load_model(args.checkpoint, device)
     if args.compile:
         model.transformer.compile_blocks()
-    output = utils.writable_folder(args.output)
+    output = writable_folder(args.output)
 
     total = len(pairs) * args.num_samples
     started = time.perf_counter()
@@ -157,4 +156,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

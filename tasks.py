@@ -1,5 +1,4 @@
 """What the scripts that turn pictures and masks into pictures share: their flags, the usable pairs, the model."""
-
 import argparse
 import sys
 from pathlib import Path
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DataError, pair, read_image, read_mask
 from models import MaskGIT
+from pictures.files import pair
+from pictures.images import read_image, read_mask
 from utils import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -41,9 +41,9 @@ def read_pair(image_path: Path, mask_path: Path, hole: str) -> tuple[Tensor, Ten
     image, mask = read_image(image_path), read_mask(mask_path, hole)
     if mask.shape[1:] != image.shape[1:]:
         sizes = f"{mask.shape[2]}x{mask.shape[1]}, the picture {image_path.name} {image.shape[2]}x{image.shape[1]}"
-        raise DataError(f"mask {mask_path} is {sizes}; they must have the same size")
+        raise UserError(f"mask {mask_path} is {sizes}; they must have the same size")
     if bool(mask.all()):
-        raise DataError(f"mask {mask_path} hides the whole picture: nothing is left to complete it from (see --mask-hole)")
+        raise UserError(f"mask {mask_path} hides the whole picture: nothing is left to complete it from (see --mask-hole)")
     return image, mask
 
 
@@ -53,7 +53,7 @@ def usable_pairs(args: argparse.Namespace) -> list[Pair]:
     for stem, image_path, mask_path in tqdm(pairs, desc="checking", unit="picture", leave=False, disable=None):
         try:
             read_pair(image_path, mask_path, args.mask_hole)
-        except DataError as error:
+        except UserError as error:
             if not args.skip_bad:
                 raise
             print(f"skipped: {error}", file=sys.stderr)

@@ -11,7 +11,6 @@ sharp on the hole's rim and inside it, real to the discriminator. From here on i
 known part. The finished model, all parts in one file, is OUTPUT/maskgit.safetensors. Without `--vqgan` a finished model is
 finished further, with new discriminators or those of an earlier finish (`--discriminators`).
 """
-
 import argparse
 import copy
 from collections.abc import Callable
@@ -25,9 +24,6 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 import tasks
-import training
-import utils
-from data import load_folder, random_holes, to_float
 from models.discriminator import FeatureDiscriminator, PatchDiscriminator, feature_matching, hinge_loss, mean_score
 from models.maskgit import Known, MaskGIT
 from models.perceptual import (
@@ -40,6 +36,28 @@ from models.perceptual import (
     weighted_mean,
 )
 from models.vqgan import VQGAN, VQGANConfig
+from pictures.folders import load_folder
+from pictures.holes import random_holes
+from pictures.images import to_float
+from training.checkpoints import load_checkpoint, resume_run
+from training.loop import StepCount, is_due, training_loop
+from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
+from training.options import add_flags, load_sections, with_flags
+from training.pictures_by_step import FolderPictures, open_pictures
+from training.processes import (
+    average_over_processes,
+    check_split,
+    errors_told_once,
+    frozen_discriminators,
+    local_batches,
+    local_gradients,
+    on_main,
+    start_accelerator,
+)
+from training.speed import Ahead, Captured, check_capture, in_side_stream, to_device
+from training.stopping import check_all_finite
+from training.weights import export_model, tokenizer_difference
+from utils import Parser, UserError, atomic_write, build_config, run_cli, seeded, writable_folder
 
 KIND = "finish-training"
 Pair = tuple[Tensor, Tensor]    # of originals, and of completed pictures
@@ -122,7 +140,7 @@ class Batch(NamedTuple):
 
 
 @dataclass
-class Run(training.Counted):
+class Run(StepCount):
     """Everything that a step needs."""
 
     config: FinishConfig
@@ -159,13 +177,13 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor, list[int]]:
     Returns (b, 3, H, W) in [-1, 1], mirrored half of the time, (b, 1, H, W) holes, and b numbers; b = B / processes.
     """
     c, mine = run.config, slice(run.accelerator.process_index, None, run.accelerator.num_processes)
-    generator = utils.seeded(c.seed, "finish batch", step)
+    generator = seeded(c.seed, "finish batch", step)
     mirrored = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < 0.5
     image = to_float(run.pictures.batch(step))                                   # (b, 3, H, W)
     holes = random_holes(c.batch_size, image.shape[-1], generator)               # (B, 1, H, W)
     plain = torch.rand(c.true_pictures, 1, 1, 1, generator=generator) < c.plain_share
     holes[: len(plain)] |= plain
-    seeds = [utils.seeded(c.seed, "finish sample", step, i).initial_seed() for i in range(c.batch_size)]
+    seeds = [seeded(c.seed, "finish sample", step, i).initial_seed() for i in range(c.batch_size)]
     return torch.where(mirrored[mine], image.flip(3), image), holes[mine].float(), seeds[mine]
 
 
@@ -173,7 +191,7 @@ def sampled_batch(run: Run, step: int, image: Tensor, mask: Tensor, seeds: list[
     """A step's drawn batch with its tokens: nothing in it learns, so on a GPU it is made while the step before it runs."""
     if step % (run.config.reuse * run.per_epoch) == 0:
         run.kept.clear()
-    image, mask = (training.to_device(x, run.accelerator.device) for x in (image, mask))
+    image, mask = (to_device(x, run.accelerator.device) for x in (image, mask))
     return Batch(image, mask, *mixed_tokens(run, image, mask, seeds))
 
 
@@ -237,7 +255,7 @@ def generator_terms(
 def adversarial_terms(run: Run, image: Tensor, pasted: Tensor, made: list[Tensor], mask: Tensor) -> dict[str, Tensor]:
     """What the discriminators, which only judge here, think of completed pictures and of their features."""
     c = run.config
-    with training.judging(run.accelerator, *run.discriminators) as (judge, critic):
+    with frozen_discriminators(run.accelerator, *run.discriminators) as (judge, critic):
         with torch.no_grad():
             _, real = judge(image)
         score, fake = judge(pasted)
@@ -288,7 +306,7 @@ def gradients(run: Run, batch: Batch) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
     for micro in range(parts):
         part = Batch(*(None if x is None else x[micro::parts] for x in batch))
-        with training.local_gradients(accelerator, micro < parts - 1, run.decoder, *run.discriminators):
+        with local_gradients(accelerator, micro < parts - 1, run.decoder, *run.discriminators):
             terms = micro_step(run, part)
         totals = {name: totals.get(name, 0) + term / parts for name, term in terms.items()}
     return totals
@@ -298,7 +316,7 @@ def capture(run: Run, batch: Batch) -> Callable[[Batch], dict[str, Tensor]]:
     """`gradients` as one CUDA graph, for batches like this one."""
     buffers = list(run.accelerator.unwrap_model(run.feature_discriminator).buffers())
     before = [buffer.clone() for buffer in buffers]
-    graph = training.Captured(lambda *parts: gradients(run, Batch(*parts)), batch)
+    graph = Captured(lambda *parts: gradients(run, Batch(*parts)), batch)
     for buffer, value in zip(buffers, before, strict=True):    # the spectral norms were renewed while it warmed up
         buffer.copy_(value)
     return lambda batch: graph(*batch)
@@ -311,19 +329,19 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
         NotFinite: a term or a gradient is not finite; nothing has been changed.
     """
     c, accelerator = run.config, run.accelerator
-    rate = utils.cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps)
-    utils.set_rate(run.optimizer, rate)
+    rate = cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps)
+    set_rate(run.optimizer, rate)
     totals = dict(run.captured(batch) if run.captured else gradients(run, batch))
     totals["gradient_norm"] = accelerator.clip_grad_norm_(run.decoder.parameters(), c.grad_clip)
     totals["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
         [x for module in run.discriminators for x in module.parameters()], c.grad_clip
     )
-    values = utils.average_over_processes(totals, accelerator)
-    training.check_all_finite(values, step)
+    values = average_over_processes(totals, accelerator)
+    check_all_finite(values, step)
     for optimizer in (run.optimizer, run.optimizer_d):
         optimizer.step()
     average = run.model.vqgan.decoder
-    utils.update_ema(average, accelerator.unwrap_model(run.decoder), utils.ema_decay_at(step, c.ema_decay))
+    update_ema(average, accelerator.unwrap_model(run.decoder), ema_decay_at(step, c.ema_decay))
     return values | {"learning_rate": rate}
 
 
@@ -334,7 +352,7 @@ def validate(run: Run, images: Tensor) -> dict[str, float]:
     zero = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     sums = {f"val_{kind}_{name}": zero.clone() for kind in ("true", "sampled") for name in ("perceptual", "psnr")}
     fixed = (images, validation_holes(run, images), torch.arange(len(images)))
-    for image, mask, seeds in training.share(accelerator, *fixed, batch_size=c.batch_size):
+    for image, mask, seeds in local_batches(accelerator, *fixed, batch_size=c.batch_size):
         image, mask = to_float(image), mask.float()
         with accelerator.autocast():
             sampled, _, known = model.complete(image, mask, seeds.tolist(), total_iter=8)
@@ -346,12 +364,12 @@ def validate(run: Run, images: Tensor) -> dict[str, float]:
             sums[f"val_{kind}_psnr"] += (10 * torch.log10(4 / error.clamp_min(1e-10))).sum()
             sums[f"val_{kind}_perceptual"] += perceptual_distance(run.features(pasted), wanted, mask).sum()
     share = accelerator.num_processes / len(images)
-    scores = utils.average_over_processes({name: value * share for name, value in sums.items()}, accelerator)
+    scores = average_over_processes({name: value * share for name, value in sums.items()}, accelerator)
     return scores | {"val_loss": scores["val_true_perceptual"] + scores["val_sampled_perceptual"]}
 
 
 def validation_holes(run: Run, images: Tensor) -> Tensor:
-    return random_holes(len(images), images.shape[-1], utils.seeded(run.config.seed, "validation holes"))
+    return random_holes(len(images), images.shape[-1], seeded(run.config.seed, "validation holes"))
 
 
 @torch.no_grad()
@@ -362,7 +380,7 @@ def write_completions(run: Run, images: Tensor, path: Path) -> None:
     with run.accelerator.autocast():
         done = run.model.complete(image, hole, range(len(image)), total_iter=8).images
     rows = [image, image.masked_fill(hole, 0), torch.where(hole, done, image)]
-    with utils.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         save_image(torch.cat(rows).cpu(), temporary, format="png", nrow=len(image), value_range=(-1, 1), normalize=True)
 
 
@@ -394,24 +412,24 @@ def load_model(path: str, vqgan: str | None, c: FinishConfig) -> tuple[MaskGIT, 
     """
     model = tasks.load_model(path, torch.device("cpu"))
     if not model.vqgan.conditioned:
-        raise utils.UserError("the finish needs the conditioned decoder; this model has the reference decoder")
+        raise UserError("the finish needs the conditioned decoder; this model has the reference decoder")
     judge = None
     if vqgan is not None:
-        state = utils.load_checkpoint(vqgan, "vqgan-training")
-        if name := training.other_tokens(state["ema"], model.vqgan.state_dict()):
-            raise utils.UserError(f"{vqgan} has other tokens than {path}: {name} differs; give its own VQGAN")
+        state = load_checkpoint(vqgan, "vqgan-training")
+        if name := tokenizer_difference(state["ema"], model.vqgan.state_dict()):
+            raise UserError(f"{vqgan} has other tokens than {path}: {name} differs; give its own VQGAN")
         model.vqgan, judge = model.vqgan.without_context(), state["discriminator"]
         model.vqgan.load_state_dict(state["ema"])
     config = model.vqgan.config
     if config.context_dim and not c.context:
-        raise utils.UserError(
+        raise UserError(
             f"train_finish.context is false, and the decoder of {path} takes the transformer's features; give --vqgan, to "
             "begin with the decoder of stage 1"
         )
     has = config.decoder_blocks
     blocks = has if c.decoder_blocks is None else c.decoder_blocks
     if len(blocks) != len(has) or any(wanted < there for wanted, there in zip(blocks, has, strict=True)):
-        raise utils.UserError(f"train_finish.decoder_blocks must be {has} or more at each scale, got {blocks}")
+        raise UserError(f"train_finish.decoder_blocks must be {has} or more at each scale, got {blocks}")
     dim = model.transformer.config.embed_dim if c.context else 0
     model.vqgan = grown(model.vqgan, replace(config, context_dim=dim, decoder_blocks=blocks), c.seed)
     return model.requires_grad_(False).eval(), judge
@@ -429,14 +447,14 @@ def load_features(network: str, weights: str | None, scales: list[int], flag: st
     try:
         return PerceptualFeatures(network, weights, scales)
     except (OSError, ValueError) as error:
-        raise utils.UserError(f"no perceptual weights ({error}); give them with {flag} FILE{or_else}") from error
+        raise UserError(f"no perceptual weights ({error}); give them with {flag} FILE{or_else}") from error
 
 
 def load_networks(c: FinishConfig, args: argparse.Namespace) -> tuple[PerceptualFeatures, PerceptualFeatures | None]:
     first = load_features(c.perceptual_network, args.perceptual_weights, c.perceptual_scales, "--perceptual-weights")
     if c.second_network is None:
         if args.second_weights is not None:
-            raise utils.UserError("--second-weights is for train_finish.second_network, which is not set; set it too")
+            raise UserError("--second-weights is for train_finish.second_network, which is not set; set it too")
         return first, None
     without = ", or do without: --set train_finish.second_network=null"
     return first, load_features(c.second_network, args.second_weights, c.second_scales, "--second-weights", without)
@@ -444,7 +462,7 @@ def load_networks(c: FinishConfig, args: argparse.Namespace) -> tuple[Perceptual
 
 def load_judges(path: str) -> dict[str, dict]:
     """The weights of both discriminators in a checkpoint of the finish; its rest need not reach the other processes."""
-    state = utils.load_checkpoint(path, KIND)
+    state = load_checkpoint(path, KIND)
     return {name: state[name] for name in ("discriminator", "feature_discriminator")}
 
 
@@ -455,25 +473,25 @@ def go_on_from(path: str, state: dict, discriminators: dict[str, nn.Module]) -> 
             discriminators[name].load_state_dict(state[name])
     except RuntimeError as error:
         settings = "train_finish's discriminator_channels, discriminator_strided, perceptual_network and perceptual_scales"
-        raise utils.UserError(f"the discriminators of {path} have another size than {settings} make") from error
+        raise UserError(f"the discriminators of {path} have another size than {settings} make") from error
 
 
 def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerator) -> Run:
     """Models, optimizers, losses and pictures, on their device."""
-    model, judge = training.on_main(accelerator, lambda: load_model(args.model, args.vqgan, c))
+    model, judge = on_main(accelerator, lambda: load_model(args.model, args.vqgan, c))
     torch.manual_seed(c.seed)    # for a discriminator that begins here
     discriminator = PatchDiscriminator(c.discriminator_channels, c.discriminator_strided)
-    features, second = training.on_main(accelerator, lambda: load_networks(c, args))
+    features, second = on_main(accelerator, lambda: load_networks(c, args))
     decoder = copy.deepcopy(model.vqgan.decoder).requires_grad_(True)
     layout = {"memory_format": torch.channels_last}
     critic = FeatureDiscriminator(features.widths)
     judges = {"discriminator": discriminator, "feature_discriminator": critic}
     if args.discriminators:
-        earlier = training.on_main(accelerator, lambda: load_judges(args.discriminators))
+        earlier = on_main(accelerator, lambda: load_judges(args.discriminators))
         go_on_from(args.discriminators, earlier, judges)
     elif judge is not None:
         go_on_from(args.vqgan, {"discriminator": judge}, judges)
-    pictures = training.open_pictures(args, model.image_size, c, accelerator)    # last: a large set takes minutes
+    pictures = open_pictures(args, model.image_size, c, accelerator)    # last: a large set takes minutes
     learners = (module.to(**layout) for module in (decoder, discriminator, critic))
     decoder, discriminator, critic = accelerator.prepare(*learners)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=c.learning_rate, betas=(0.9, 0.99))
@@ -487,8 +505,8 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_flags(parser)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
     flag = parser.add_argument
     flag("--model", required=True, help="the model of stage 2 (maskgit.safetensors)")
     flag("--vqgan", help="stage-1 checkpoint (last.pt) with decoder and discriminator (default: the model's own decoder, "
@@ -505,17 +523,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    section = training.load_sections(args).get("train_finish", {})
-    config = utils.build_config(FinishConfig, utils.with_flags(section, args), "train_finish")
-    accelerator = training.start(args.device, config.precision)
-    with training.errors_told_once(accelerator, args.output_dir):
-        utils.check_split(config.batch_size, config.accum_grad, accelerator)
-        training.check_capture(args.capture, accelerator)
+    section = load_sections(args).get("train_finish", {})
+    config = build_config(FinishConfig, with_flags(section, args), "train_finish")
+    accelerator = start_accelerator(args.device, config.precision)
+    with errors_told_once(accelerator, args.output_dir):
+        check_split(config.batch_size, config.accum_grad, accelerator)
+        check_capture(args.capture, accelerator)
         parts, true = accelerator.num_processes * config.accum_grad, config.true_pictures
         if true % parts:
             message = f"must be a multiple of processes x accum_grad ({parts}); change batch_size or sampled_share"
-            raise utils.UserError(f"the pictures of a batch with true tokens ({true} of {config.batch_size}) {message}")
-        folder = training.on_main(accelerator, lambda: utils.writable_folder(args.output_dir))
+            raise UserError(f"the pictures of a batch with true tokens ({true} of {config.batch_size}) {message}")
+        folder = on_main(accelerator, lambda: writable_folder(args.output_dir))
         run = build_run(args, config, accelerator)
         val_images = load_folder(args.val_dir, run.model.image_size, args.bad_images)[: config.val_pictures]
         return run_training(run, val_images, folder, args)
@@ -524,18 +542,18 @@ def main(argv: list[str] | None = None) -> int:
 def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Namespace) -> int:
     c, accelerator = run.config, run.accelerator
     configs = {"train_finish": asdict(c)}
-    progress = training.resume(
+    progress = resume_run(
         folder, KIND, args.resume, accelerator, configs, len(run.pictures), lambda state: restore(run, state)
     )
 
     cuda = accelerator.device.type == "cuda"
-    threads = 8 if isinstance(run.pictures, training.FolderPictures) else 1    # shards are read in order
-    drawn = training.Ahead(lambda step: draw_batch(run, run.drawn_at(step)), threads if cuda else 0)
+    threads = 8 if isinstance(run.pictures, FolderPictures) else 1    # shards are read in order
+    drawn = Ahead(lambda step: draw_batch(run, run.drawn_at(step)), threads if cuda else 0)
 
     def sample(step: int) -> Batch:
         return sampled_batch(run, step, *drawn(step))
 
-    sampled = training.Ahead(training.beside(accelerator.device, sample), int(cuda))
+    sampled = Ahead(in_side_stream(accelerator.device, sample), int(cuda))
 
     def step_(step: int) -> dict[str, float]:
         if args.capture and run.captured is None:
@@ -546,18 +564,18 @@ def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Name
         return train_step(run, step, batch)
 
     def validate_(epoch: int) -> dict[str, float] | None:
-        if not training.due(epoch, c.validate_every, c.epochs):
+        if not is_due(epoch, c.validate_every, c.epochs):
             return None
         if accelerator.is_main_process:
             write_completions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")
         return validate(run, val_images)
 
-    return training.loop(
+    return training_loop(
         c, accelerator, folder, progress, per_epoch=run.per_epoch, on_nan=args.on_nan,
         train_step=step_, validate=validate_, state=lambda: state_of(run, configs),
-        export=lambda: training.export(run.model, folder / "maskgit.safetensors", finish_steps=str(progress.step)),
+        export=lambda: export_model(run.model, folder / "maskgit.safetensors", finish_steps=str(progress.step)),
     )    # fmt: skip
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

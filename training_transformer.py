@@ -12,7 +12,6 @@ encoded once, with its mirror images if `mirror` is set, into a cache on disk (`
 transformer learns. Which tokens are hidden: see `draw_masks`. The finished model, both stages in one file, is
 OUTPUT/maskgit.safetensors, which `inpainting.py --checkpoint` takes.
 """
-
 import argparse
 import copy
 import math
@@ -27,16 +26,35 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 import tasks
-import token_cache
-import training
-import utils
-from data import Views, load_folder, random_holes, random_views, take_views, to_float
 from models.decoding import lowest, places
 from models.maskgit import MaskGIT, pixel_to_token_mask
 from models.schedule import SCHEDULES, gamma
 from models.transformer import TransformerConfig
 from models.vqgan import VQGAN, VQGANConfig
-from muon import Muon
+from pictures.folders import load_folder
+from pictures.holes import random_holes
+from pictures.images import to_float
+from pictures.views import Views, random_views, take_views
+from training import token_cache
+from training.checkpoints import load_checkpoint, resume_run
+from training.loop import StepCount, is_due, training_loop
+from training.muon import Muon
+from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
+from training.options import add_flags, check_size, load_sections, with_flags
+from training.pictures_by_step import check_one_batch, epoch_order
+from training.processes import (
+    average_over_processes,
+    check_split,
+    errors_told_once,
+    local_batches,
+    local_gradients,
+    on_main,
+    start_accelerator,
+)
+from training.speed import Ahead, CapturedGradients, check_capture, padded_positions, to_device
+from training.stopping import check_all_finite
+from training.weights import export_model, trained_transformer
+from utils import Parser, UserError, atomic_write, build_config, fingerprint, run_cli, seeded, writable_folder
 
 KIND = "transformer-training"
 
@@ -98,7 +116,7 @@ class TrainTransformerConfig:
 
 
 @dataclass
-class Run(training.Counted):
+class Run(StepCount):
     """Everything that a step needs."""
 
     config: TrainTransformerConfig
@@ -108,7 +126,7 @@ class Run(training.Counted):
     optimizer: torch.optim.Optimizer
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
     pictures: token_cache.TokenCache
-    captured: training.CapturedGradients | None = None    # `gradients`, with --capture
+    captured: CapturedGradients | None = None    # `gradients`, with --capture
 
     @property
     def plain(self) -> MaskGIT:
@@ -127,14 +145,14 @@ def open_tokens(
     """The training set's tokens, read from --token-cache; what is not there is made first, by all processes together."""
     folder, c = Path(args.token_cache or Path(args.output_dir) / "tokens"), vqgan.config
     if c.codebook_size > 65536:
-        raise utils.UserError(f"config vqgan.codebook_size ({c.codebook_size}) must be at most 65536, for tokens of 16 bits")
+        raise UserError(f"config vqgan.codebook_size ({c.codebook_size}) must be at most 65536, for tokens of 16 bits")
     pieces = token_cache.list_pieces(args.train_dir)
     weights = [*vqgan.encoder.state_dict().values(), *vqgan.codebook.state_dict().values()]
     about = {
-        "tokenizer": utils.fingerprint(c.encoder, c.image_size, c.stride, c.l2_normalize, *weights),
+        "tokenizer": fingerprint(c.encoder, c.image_size, c.stride, c.l2_normalize, *weights),
         "pictures": token_cache.fingerprint_pictures(pieces), "pixels": pixels,
     }    # fmt: skip
-    training.on_main(accelerator, lambda: token_cache.check_about(folder, about))
+    on_main(accelerator, lambda: token_cache.check_about(folder, about))
     mine = pieces[accelerator.process_index :: accelerator.num_processes]
     encode_ = partial(encode, vqgan, device=accelerator.device)
     token_cache.build(folder, mine, encode_, c.image_size, mirror, pixels, args.bad_images)
@@ -189,8 +207,8 @@ def draw_batch(run: Run, step: int) -> Batch:
     c, vqgan = run.config, run.ema.vqgan.config
     mine = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     epoch, k = divmod(step, run.per_epoch)
-    chosen = utils.epoch_order(len(run.pictures), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
-    generator = utils.seeded(c.seed, "transformer batch", step)
+    chosen = epoch_order(len(run.pictures), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
+    generator = seeded(c.seed, "transformer batch", step)
     mirrored = (torch.rand(len(chosen), generator=generator) < 0.5) & c.mirror               # (B,)
     holes, masked = draw_masks(len(chosen), vqgan.image_size, vqgan.stride, c, generator)    # (B, 1, H, W), (B, N)
     tokens, image = run.pictures.rows(chosen[mine], mirrored[mine])                          # (b, N), (b, 3, H, W)
@@ -200,7 +218,7 @@ def draw_batch(run: Run, step: int) -> Batch:
     if c.augment:
         views = Views(*(part[mine] for part in random_views(len(chosen), c.augment, generator)))
     total, masked, parts = masked.sum(), masked[mine], c.accum_grad
-    find = training.rounded_places if run.captured else places
+    find = padded_positions if run.captured else places
     wanted = [find(masked[micro::parts]) for micro in range(parts)]
     return Batch(image, views, tokens, holes[mine], masked, total, wanted)
 
@@ -217,7 +235,7 @@ class Prepared(NamedTuple):
 
 @torch.no_grad()
 def prepare(run: Run, batch: Batch) -> Prepared:
-    send = partial(training.to_device, device=run.accelerator.device)
+    send = partial(to_device, device=run.accelerator.device)
     tokens, pixels = send(batch.tokens), None
     if batch.image is not None:
         image = to_float(send(batch.image))                                                  # (b, 3, H, W)
@@ -241,7 +259,7 @@ def gradients(
     loss = torch.zeros((), device=accelerator.device)
     for micro, chosen in enumerate(wanted):
         part = slice(micro, None, parts)
-        with training.local_gradients(accelerator, micro < parts - 1, run.model):
+        with local_gradients(accelerator, micro < parts - 1, run.model):
             with accelerator.autocast():
                 x = None if pixels is None else pixels[part]
                 losses = run.model(tokens[part], masked[part], x, run.config.label_smoothing, chosen)    # (M,)
@@ -262,13 +280,13 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
     *parts, wanted = prepare(run, batch)
     if c.rate_schedule != "plateau":
         steps = run.total_steps if c.rate_schedule == "cosine" else math.inf
-        utils.set_rate(run.optimizer, utils.cosine_rate(step, steps, c.learning_rate, c.warmup_steps))
+        set_rate(run.optimizer, cosine_rate(step, steps, c.learning_rate, c.warmup_steps))
     loss = (run.captured or partial(gradients, run))(*parts, *wanted)
     norm = accelerator.clip_grad_norm_(run.plain.transformer.parameters(), c.grad_clip)
-    values = utils.average_over_processes({"loss": loss, "gradient_norm": norm}, accelerator)
-    training.check_all_finite(values, step)
+    values = average_over_processes({"loss": loss, "gradient_norm": norm}, accelerator)
+    check_all_finite(values, step)
     run.optimizer.step()
-    utils.update_ema(run.ema.transformer, run.plain.transformer, utils.ema_decay_at(step, c.ema_decay))
+    update_ema(run.ema.transformer, run.plain.transformer, ema_decay_at(step, c.ema_decay))
     return values | {"learning_rate": run.optimizer.param_groups[0]["lr"]}
 
 
@@ -276,30 +294,30 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, float]:
 def validate(run: Run, images: Tensor, tokens: Tensor) -> dict[str, float]:
     """Cross-entropy and accuracy of the averaged model on fixed pictures with fixed masks; every process takes a share."""
     c, accelerator, model = run.config, run.accelerator, run.ema
-    generator = utils.seeded(c.seed, "validation masks")
+    generator = seeded(c.seed, "validation masks")
     holes, masked = draw_masks(len(images), model.image_size, model.vqgan.config.stride, c, generator)
     zero = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     sums = {"val_loss": zero.clone(), "val_accuracy": zero.clone()}
-    for image, hole, z, m in training.share(accelerator, images, holes, tokens, masked, batch_size=c.batch_size):
+    for image, hole, z, m in local_batches(accelerator, images, holes, tokens, masked, batch_size=c.batch_size):
         with accelerator.autocast():
             logits = model.transformer(torch.where(m, model.mask_token_id, z), model.pixels_of(to_float(image), hole))
         logits = logits[m].float()                                                           # (M, K)
         sums["val_loss"] += nn.functional.cross_entropy(logits, z[m], reduction="sum")
         sums["val_accuracy"] += (logits.argmax(1) == z[m]).sum()
     share = accelerator.num_processes / masked.sum().item()
-    return utils.average_over_processes({name: value * share for name, value in sums.items()}, accelerator)
+    return average_over_processes({name: value * share for name, value in sums.items()}, accelerator)
 
 
 @torch.no_grad()
 def write_completions(run: Run, images: Tensor, path: Path) -> None:
     """A grid of 12 validation pictures: as they are, with their holes, completed; last row: made from nothing."""
     image = to_float(images[:12]).to(run.accelerator.device)
-    hole = random_holes(len(image), image.shape[-1], utils.seeded(run.config.seed, "sample holes")).to(image.device)
+    hole = random_holes(len(image), image.shape[-1], seeded(run.config.seed, "sample holes")).to(image.device)
     with run.accelerator.autocast():
         done = run.ema.complete(image, hole, range(len(image))).images
         made = run.ema.complete(image, torch.ones_like(hole), range(len(image)), total_iter=16).images
     rows = [image, image.masked_fill(hole, 0), torch.where(hole, done, image), made]
-    with utils.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         save_image(torch.cat(rows).cpu(), temporary, format="png", nrow=len(image), value_range=(-1, 1), normalize=True)
 
 
@@ -307,13 +325,13 @@ def load_vqgan(path: str) -> VQGAN:
     """The averaged VQGAN of a stage-1 training checkpoint, or the VQGAN inside a finished model."""
     if path.endswith(".safetensors"):
         return tasks.load_model(path, torch.device("cpu")).vqgan.without_context()
-    state = utils.load_checkpoint(path, "vqgan-training")
+    state = load_checkpoint(path, "vqgan-training")
     try:
         vqgan = VQGAN(VQGANConfig(**state["config"]["vqgan"]))
         vqgan.load_state_dict(state["ema"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        raise utils.UserError(f"checkpoint {path} does not fit its own config ({reason})") from error
+        raise UserError(f"checkpoint {path} does not fit its own config ({reason})") from error
     return vqgan.eval().requires_grad_(False)
 
 
@@ -328,7 +346,7 @@ def state_of(run: Run, configs: dict) -> dict:
 def restore(run: Run, state: dict) -> None:
     for name, value in run.plain.vqgan.state_dict().items():
         if not torch.equal(value.cpu(), state["vqgan"][name]):
-            raise utils.UserError("can't resume: the checkpoint was trained with another VQGAN than --vqgan gives")
+            raise UserError("can't resume: the checkpoint was trained with another VQGAN than --vqgan gives")
     run.plain.transformer.load_state_dict(state["model"])
     run.ema.transformer.load_state_dict(state["ema"])
     run.optimizer.load_state_dict(state["optimizer"])
@@ -336,8 +354,8 @@ def restore(run: Run, state: dict) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_flags(parser)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
     parser.add_argument("--vqgan", required=True, help="stage-1 checkpoint (last.pt), or a finished .safetensors model")
     parser.add_argument("--init", metavar="FILE", help="begin from the transformer of this model, not from random weights")
     parser.add_argument("--token-cache", metavar="DIR", help="where the training set's tokens lie (default: OUTPUT/tokens)")
@@ -348,17 +366,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    sections = training.load_sections(args)
-    model_config = utils.build_config(TransformerConfig, sections.get("transformer", {}), "transformer")
-    config = utils.build_config(
-        TrainTransformerConfig, utils.with_flags(sections.get("train_transformer", {}), args), "train_transformer"
+    sections = load_sections(args)
+    model_config = build_config(TransformerConfig, sections.get("transformer", {}), "transformer")
+    config = build_config(
+        TrainTransformerConfig, with_flags(sections.get("train_transformer", {}), args), "train_transformer"
     )
-    accelerator = training.start(args.device, config.precision)
-    with training.errors_told_once(accelerator, args.output_dir):
-        utils.check_split(config.batch_size, config.accum_grad, accelerator)
-        training.check_capture(args.capture, accelerator)
-        folder = training.on_main(accelerator, lambda: utils.writable_folder(args.output_dir))
-        vqgan = training.on_main(accelerator, lambda: load_vqgan(args.vqgan))
+    accelerator = start_accelerator(args.device, config.precision)
+    with errors_told_once(accelerator, args.output_dir):
+        check_split(config.batch_size, config.accum_grad, accelerator)
+        check_capture(args.capture, accelerator)
+        folder = on_main(accelerator, lambda: writable_folder(args.output_dir))
+        vqgan = on_main(accelerator, lambda: load_vqgan(args.vqgan))
         return run_training(args, vqgan, model_config, config, folder, accelerator)
 
 
@@ -377,17 +395,17 @@ def run_training(
     folder: Path, accelerator: Accelerator,
 ) -> int:    # fmt: skip
     try:
-        training.check_size("transformer", model_config, lambda: MaskGIT(vqgan.config, model_config))
+        check_size("transformer", model_config, lambda: MaskGIT(vqgan.config, model_config))
     except ValueError as error:    # the two configs don't fit each other
-        raise error if isinstance(error, utils.UserError) else utils.UserError(f"config {error}") from error
+        raise error if isinstance(error, UserError) else UserError(f"config {error}") from error
     torch.manual_seed(config.seed)
     model = MaskGIT(vqgan.config, model_config)
     model.vqgan.load_state_dict(vqgan.state_dict())
     if args.init:
-        begin = training.on_main(accelerator, lambda: training.trained_transformer("--init", args.init, model))
+        begin = on_main(accelerator, lambda: trained_transformer("--init", args.init, model))
         model.transformer.load_state_dict(begin)
     else:
-        model.embed_codes(utils.seeded(config.seed, "embed codes"))
+        model.embed_codes(seeded(config.seed, "embed codes"))
     model.to(accelerator.device)
     configs = model.configs() | {"train_transformer": asdict(config)}
 
@@ -395,7 +413,7 @@ def run_training(
     val_tokens = encode(model.vqgan, val_images, accelerator.device)
     pixels = model_config.pixel_dim > 0 or config.augment > 0
     data = open_tokens(args, model.vqgan, config.mirror, pixels, accelerator)
-    training.check_one_batch(len(data), config)
+    check_one_batch(len(data), config)
 
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model.transformer, config)
@@ -405,28 +423,28 @@ def run_training(
     if args.compile:
         run.plain.transformer.compile_blocks()
     if args.capture:
-        run.captured = training.CapturedGradients(partial(gradients, run), run.plain.transformer.parameters())
-    progress = training.resume(folder, KIND, args.resume, accelerator, configs, len(data), lambda state: restore(run, state))
-    batches = training.Ahead(lambda step: draw_batch(run, step), threads=8 if accelerator.device.type == "cuda" else 0)
+        run.captured = CapturedGradients(partial(gradients, run), run.plain.transformer.parameters())
+    progress = resume_run(folder, KIND, args.resume, accelerator, configs, len(data), lambda state: restore(run, state))
+    batches = Ahead(lambda step: draw_batch(run, step), threads=8 if accelerator.device.type == "cuda" else 0)
 
     def step_(step: int) -> dict[str, float]:
         return train_step(run, step, batches(step))
 
     def validate_(epoch: int) -> dict[str, float] | None:
-        if not training.due(epoch, config.validate_every, config.epochs):
+        if not is_due(epoch, config.validate_every, config.epochs):
             return None
-        if accelerator.is_main_process and training.due(epoch, config.sample_every, config.epochs):
+        if accelerator.is_main_process and is_due(epoch, config.sample_every, config.epochs):
             write_completions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")
         scores = validate(run, val_images, val_tokens)
         run.plateau.step(scores["val_loss"])
         return scores
 
-    return training.loop(
+    return training_loop(
         config, accelerator, folder, progress, per_epoch=run.per_epoch, on_nan=args.on_nan,
         train_step=step_, validate=validate_, state=lambda: state_of(run, configs),
-        export=lambda: training.export(run.ema, folder / "maskgit.safetensors", steps=str(progress.step)),
+        export=lambda: export_model(run.ema, folder / "maskgit.safetensors", steps=str(progress.step)),
     )    # fmt: skip
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

@@ -11,7 +11,6 @@ Losses: L1 + Laplacian pyramid + perceptual + codebook, and from `adversarial_fr
 everything known but a random hole; those are pasted into the picture before the perceptual and adversarial terms, which
 therefore judge what a person will see: the hole and its seam.
 """
-
 import argparse
 import copy
 import sys
@@ -24,12 +23,30 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-import training
-import utils
-from data import load_folder, random_holes, to_float
 from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss
 from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual_distance
 from models.vqgan import VQGAN, VQGANConfig
+from pictures.folders import load_folder
+from pictures.holes import random_holes
+from pictures.images import to_float
+from training.checkpoints import resume_run
+from training.loop import StepCount, is_due, training_loop
+from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
+from training.options import add_flags, check_size, load_sections, with_flags
+from training.pictures_by_step import FolderPictures, ShardPictures, open_pictures
+from training.processes import (
+    average_over_processes,
+    check_split,
+    errors_told_once,
+    frozen_discriminators,
+    local_batches,
+    local_gradients,
+    on_main,
+    start_accelerator,
+)
+from training.speed import Ahead
+from training.stopping import check_all_finite
+from utils import Parser, UserError, atomic_write, build_config, run_cli, seeded, writable_folder
 
 KIND = "vqgan-training"
 
@@ -85,7 +102,7 @@ class TrainVQGANConfig:
 
 
 @dataclass
-class Run(training.Counted):
+class Run(StepCount):
     """Everything that a step needs."""
 
     config: TrainVQGANConfig
@@ -96,7 +113,7 @@ class Run(training.Counted):
     optimizer: torch.optim.Optimizer
     optimizer_d: torch.optim.Optimizer
     features: PerceptualFeatures | None
-    pictures: training.FolderPictures | training.ShardPictures
+    pictures: FolderPictures | ShardPictures
     usage: Tensor    # (K,) how often each code was used since the last restart, all processes together
 
     @property
@@ -111,7 +128,7 @@ def draw_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
     b = B / processes.
     """
     c, mine = run.config, slice(run.accelerator.process_index, None, run.accelerator.num_processes)
-    generator = utils.seeded(c.seed, "vqgan batch", step)
+    generator = seeded(c.seed, "vqgan batch", step)
     mirrored = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < 0.5
     known = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < c.known_share
     image = to_float(run.pictures.batch(step))                                   # (b, 3, H, W)
@@ -147,7 +164,7 @@ def micro_step(run: Run, image: Tensor, mask: Tensor, adversarial: bool) -> tupl
         terms["codebook"] = quantized.loss
         pasted = torch.where(mask.bool(), output, image)
         if adversarial:
-            with training.judging(accelerator, run.discriminator) as (judge,):
+            with frozen_discriminators(accelerator, run.discriminator) as (judge,):
                 score, fake = judge(pasted)
                 with torch.no_grad():
                     _, real = judge(image)
@@ -174,8 +191,8 @@ def train_step(run: Run, step: int, image: Tensor, mask: Tensor) -> dict[str, fl
     adversarial = step >= c.adversarial_from * run.total_steps
     if step >= c.freeze_tokens_from * run.total_steps and run.plain.codebook.embedding.weight.requires_grad:
         freeze_tokens(run)
-    rate = utils.cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps)
-    utils.set_rate(run.optimizer, rate)
+    rate = cosine_rate(step, run.total_steps, c.learning_rate, c.warmup_steps)
+    set_rate(run.optimizer, rate)
     optimizers = (run.optimizer, run.optimizer_d) if adversarial else (run.optimizer,)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -183,18 +200,18 @@ def train_step(run: Run, step: int, image: Tensor, mask: Tensor) -> dict[str, fl
     used = torch.zeros_like(run.usage)
     for micro in range(c.accum_grad):
         part = slice(micro, None, c.accum_grad)
-        with training.local_gradients(accelerator, micro < c.accum_grad - 1, run.vqgan, run.discriminator):
+        with local_gradients(accelerator, micro < c.accum_grad - 1, run.vqgan, run.discriminator):
             terms, count = micro_step(run, image[part], mask[part], adversarial)
         totals = {name: totals.get(name, 0) + term / c.accum_grad for name, term in terms.items()}
         used += count
     totals["gradient_norm"] = accelerator.clip_grad_norm_(run.vqgan.parameters(), c.grad_clip)
     if adversarial:
         totals["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(run.discriminator.parameters(), c.grad_clip)
-    values = utils.average_over_processes(totals, accelerator)
-    training.check_all_finite(values, step)
+    values = average_over_processes(totals, accelerator)
+    check_all_finite(values, step)
     for optimizer in optimizers:
         optimizer.step()
-    utils.update_ema(run.ema, run.plain, utils.ema_decay_at(step, c.ema_decay))
+    update_ema(run.ema, run.plain, ema_decay_at(step, c.ema_decay))
     run.usage += accelerator.reduce(used, "sum")
     if (step + 1) % c.restart_every == 0:
         values["codes_used"] = (run.usage > 0).float().mean().item()
@@ -210,7 +227,7 @@ def restart_codes(run: Run, image: Tensor, step: int) -> None:
         latents = accelerator.gather(run.plain.encoder(image))                   # (B, d, h, w), process by process
         latents = latents.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1)    # in the batch's order
         latents = latents.flatten(0, 1).permute(0, 2, 3, 1).flatten(0, 2)        # (B h w, d)
-        run.plain.codebook.restart_dead(run.usage, latents, utils.seeded(c.seed, "restart", step))
+        run.plain.codebook.restart_dead(run.usage, latents, seeded(c.seed, "restart", step))
     run.usage.zero_()
 
 
@@ -227,7 +244,7 @@ def validate(run: Run, images: Tensor) -> dict[str, float]:
     c, accelerator = run.config, run.accelerator
     names = ("l1", "laplacian", *(["perceptual"] if run.features else []), "psnr")
     sums = {f"val_{kind}_{name}": torch.zeros((), device=accelerator.device) for kind in ("plain", "hole") for name in names}
-    for image, hole in training.share(accelerator, images, validation_holes(images, c.seed), batch_size=c.batch_size):
+    for image, hole in local_batches(accelerator, images, validation_holes(images, c.seed), batch_size=c.batch_size):
         image, hole = to_float(image), hole.float()
         for kind, mask in (("plain", torch.ones_like(hole)), ("hole", hole)):
             with accelerator.autocast():
@@ -237,13 +254,13 @@ def validate(run: Run, images: Tensor) -> dict[str, float]:
             terms["psnr"] = 10 * torch.log10(4 / error.clamp_min(1e-10)).mean()
             for name in names:
                 sums[f"val_{kind}_{name}"] += terms[name] * len(image) / len(images) * accelerator.num_processes
-    scores = utils.average_over_processes(sums, accelerator)
+    scores = average_over_processes(sums, accelerator)
     scores["val_loss"] = sum(value for name, value in scores.items() if not name.endswith("psnr"))
     return scores
 
 
 def validation_holes(images: Tensor, seed: int) -> Tensor:
-    return random_holes(len(images), images.shape[-1], utils.seeded(seed, "validation holes"))
+    return random_holes(len(images), images.shape[-1], seeded(seed, "validation holes"))
 
 
 @torch.no_grad()
@@ -254,7 +271,7 @@ def write_reconstructions(run: Run, images: Tensor, path: Path) -> None:
     with run.accelerator.autocast():
         plain, filled = (run.ema(image, mask.float())[0].float().clamp(-1, 1) for mask in (torch.ones_like(hole), hole))
     rows = [image, plain, image.masked_fill(hole, 0), torch.where(hole, filled, image)]
-    with utils.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         save_image(torch.cat(rows).cpu(), temporary, format="png", nrow=len(image), value_range=(-1, 1), normalize=True)
 
 
@@ -276,8 +293,8 @@ def restore(run: Run, state: dict) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_flags(parser)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
     flag = parser.add_argument
     flag("--train-pictures", type=int, help="pictures in the shards (default: counted from their headers)")
     flag("--workers", type=int, default=0, help="processes that read shards ahead (default: none)")
@@ -296,23 +313,23 @@ def load_features(config: TrainVQGANConfig, weights: str | None) -> PerceptualFe
         )    # fmt: skip
         return None
     except ValueError as error:
-        raise utils.UserError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    sections = training.load_sections(args)
-    model_config = utils.build_config(VQGANConfig, sections.get("vqgan", {}), "vqgan")
-    config = utils.build_config(TrainVQGANConfig, utils.with_flags(sections.get("train_vqgan", {}), args), "train_vqgan")
-    training.check_size("vqgan", model_config, lambda: VQGAN(model_config))
-    training.check_size("train_vqgan", config, lambda: build_discriminator(config))
+    sections = load_sections(args)
+    model_config = build_config(VQGANConfig, sections.get("vqgan", {}), "vqgan")
+    config = build_config(TrainVQGANConfig, with_flags(sections.get("train_vqgan", {}), args), "train_vqgan")
+    check_size("vqgan", model_config, lambda: VQGAN(model_config))
+    check_size("train_vqgan", config, lambda: build_discriminator(config))
     configs = {"vqgan": asdict(model_config), "train_vqgan": asdict(config)}
     # Frozen tokens: DistributedDataParallel must look for parameters without a gradient.
-    accelerator = training.start(args.device, config.precision, find_unused_parameters=config.freeze_tokens_from < 1)
-    with training.errors_told_once(accelerator, args.output_dir):
-        utils.check_split(config.batch_size, config.accum_grad, accelerator)
-        folder = training.on_main(accelerator, lambda: utils.writable_folder(args.output_dir))
-        pictures = training.open_pictures(args, model_config.image_size, config, accelerator)
+    accelerator = start_accelerator(args.device, config.precision, find_unused_parameters=config.freeze_tokens_from < 1)
+    with errors_told_once(accelerator, args.output_dir):
+        check_split(config.batch_size, config.accum_grad, accelerator)
+        folder = on_main(accelerator, lambda: writable_folder(args.output_dir))
+        pictures = open_pictures(args, model_config.image_size, config, accelerator)
         val_images = load_folder(args.val_dir, model_config.image_size, args.bad_images)[: config.val_pictures]
         run = build_run(model_config, config, accelerator, pictures, args.perceptual_weights)
         return run_training(run, val_images, folder, args, configs)
@@ -321,20 +338,20 @@ def main(argv: list[str] | None = None) -> int:
 def run_training(run: Run, val_images: Tensor, folder: Path, args: argparse.Namespace, configs: dict) -> int:
     c, accelerator = run.config, run.accelerator
     pictures = len(run.pictures)
-    progress = training.resume(folder, KIND, args.resume, accelerator, configs, pictures, lambda state: restore(run, state))
-    batches = training.Ahead(lambda step: draw_batch(run, step), threads=accelerator.device.type == "cuda")
+    progress = resume_run(folder, KIND, args.resume, accelerator, configs, pictures, lambda state: restore(run, state))
+    batches = Ahead(lambda step: draw_batch(run, step), threads=accelerator.device.type == "cuda")
 
     def step_(step: int) -> dict[str, float]:
         return train_step(run, step, *(x.to(accelerator.device) for x in batches(step)))
 
     def validate_(epoch: int) -> dict[str, float] | None:
-        if not training.due(epoch, c.sample_every, c.epochs):
+        if not is_due(epoch, c.sample_every, c.epochs):
             return None
         if accelerator.is_main_process:
             write_reconstructions(run, val_images, folder / f"samples_{epoch * run.per_epoch:07d}.png")
         return validate(run, val_images)
 
-    return training.loop(
+    return training_loop(
         c, accelerator, folder, progress, per_epoch=run.per_epoch, on_nan=args.on_nan,
         train_step=step_, validate=validate_, state=lambda: state_of(run, configs),
     )    # fmt: skip
@@ -362,4 +379,4 @@ def build_run(
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

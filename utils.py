@@ -1,15 +1,11 @@
-"""What both training scripts and the tools share: config, seeds, checkpoints, EMA, logging, errors. No model knowledge."""
+"""What every command uses: errors, the command line, files, config and seeds. It knows nothing of models."""
 
 import argparse
 import contextlib
-import functools
 import hashlib
-import io
 import json
-import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
@@ -18,11 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import yaml
-from torch import Tensor, nn
-
-T = TypeVar("T")
-
-# ---- errors and the command line ----
+from torch import Tensor
 
 
 class UserError(ValueError):
@@ -109,9 +101,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-# ---- config ----
-
-
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does; PyYAML's own rule makes it a string."""
 
@@ -147,6 +136,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     return config
 
 
+T = TypeVar("T")
+
+
 def build_config(cls: type[T], values: dict[str, Any], section: str) -> T:
     """Fill a dataclass; unknown keys, wrong types and values out of range are refused by the key's full name."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -167,195 +159,10 @@ def build_config(cls: type[T], values: dict[str, Any], section: str) -> T:
         raise UserError(f"config {key}: {message}") from error
 
 
-# ---- randomness: a function of what it is for, never of what ran before ----
-
-
 def seeded(*key: int | str) -> torch.Generator:
     """A CPU generator for one purpose, e.g. seeded(seed, 'mask', step). Equal keys give equal numbers."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-@functools.lru_cache(maxsize=1)    # asked for at every step, new once an epoch
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits `count` samples: (count,) int64, not to be changed in place."""
-    return torch.randperm(count, generator=seeded(seed, "order", epoch))
-
-
-# ---- optimisation ----
-
-
-def cosine_rate(step: int, total: int, peak: float, warmup: int) -> float:
-    """Learning rate: linear warm-up over `warmup` steps, then a half cosine down to 0 at `total`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * model, parameters only; call after optimizer.step()."""
-    averages, parameters = zip(*zip(ema.parameters(), model.parameters(), strict=True), strict=True)
-    torch._foreach_lerp_(averages, parameters, 1.0 - decay)    # all at once: hundreds of launches fewer on a GPU
-
-
-def ema_decay_at(step: int, decay: float) -> float:
-    """Short memory at the start, so that the average forgets the random initialisation: min(decay, (1+t)/(10+t))."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-# ---- checkpoints ----
-
-_MAGIC = b"MGCKPT01"    # after the payload: this, then the sha256 of the payload
-
-
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a training checkpoint with its checksum: aside, flushed, renamed. A crash leaves the old file as it was."""
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        hashed = _HashedFile(file)
-        try:
-            torch.save(state, hashed)
-        except RuntimeError as error:    # what torch.save makes of a full disk; the disk's own word came before it
-            reason = error.__context__
-            raise reason if isinstance(reason, OSError) else OSError(None, str(error).splitlines()[0]) from error
-        file.write(_MAGIC + hashed.sha256.digest())
-
-
-class _HashedFile:
-    """Hashes what is written on its way to the file."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
-    """Read a training checkpoint written by `save_checkpoint`; its checksum and kind must fit, and no code is run."""
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"checkpoint {path} can't be read ({error.strerror})") from error
-    trailer = len(_MAGIC) + 32
-    if data[-trailer:-32] != _MAGIC:
-        raise UserError(f"checkpoint {path} is truncated or not one of this project's training checkpoints")
-    if hashlib.sha256(memoryview(data)[:-trailer]).digest() != data[-32:]:
-        raise UserError(f"checkpoint {path} is damaged (its checksum doesn't fit); use an older one")
-    try:
-        state = torch.load(io.BytesIO(data[:-trailer]), map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"checkpoint {path} can't be loaded safely: {reason}") from error
-    if not isinstance(state, dict) or state.get("kind") != kind:
-        found = state.get("kind") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"checkpoint {path} holds {found!r}, expected {kind!r}")
-    return state
-
-
-def save_last(folder: Path, state: dict[str, Any]) -> None:
-    """Write last.pt, keeping the one before as previous.pt."""
-    last, new = folder / "last.pt", folder / "next.pt"
-    save_checkpoint(new, state)    # first, so that a full disk leaves both older files as they are
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(last, folder / "previous.pt")
-    os.replace(new, last)
-
-
-def find_resume(folder: Path, resume: str | None, kind: str) -> dict[str, Any] | None:
-    """The state to continue from: `resume` is None, a file, or 'auto' for the newest good checkpoint in `folder`."""
-    if resume is None:
-        return None
-    if resume != "auto":
-        return load_checkpoint(resume, kind)
-    # next.pt is there if save_last was killed between its renames. previous.pt and best.pt: either may be the newer one.
-    for names in (("next.pt",), ("last.pt",), ("previous.pt", "best.pt")):
-        good = []
-        for name in names:
-            if (folder / name).exists():
-                try:
-                    good.append(load_checkpoint(folder / name, kind))
-                except UserError as error:
-                    print(f"notice: {error}; looking for an older one", file=sys.stderr)
-        if good:
-            return max(good, key=lambda state: state.get("step", 0))
-    print(f"notice: no usable checkpoint in {folder}, starting from the beginning", file=sys.stderr)
-    return None
-
-
-# ---- logging ----
-
-
-class Logger:
-    """One JSON line per log step in metrics.jsonl, and the same numbers in TensorBoard."""
-
-    def __init__(self, folder: Path, step: int, enabled: bool = True) -> None:
-        """`step` is where the run (re)starts: lines after it, from a run that was killed, are dropped."""
-        self.path = folder / "metrics.jsonl"
-        self.enabled = enabled
-        self.board = None
-        if not enabled:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        kept = []
-        if step > 0 and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):    # a line cut by a kill, or not ours
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def log(self, step: int, **values: float) -> None:
-        if not self.enabled:
-            return
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise UserError(f"can't write {self.path}: {error.strerror}") from error
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
-
-
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag, so that a run finishes its step and saves before it ends."""
-
-    def __enter__(self) -> "StopRequest":
-        self.signal: int | None = None
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.signal and number == signal.SIGINT:    # asked again: don't wait for the step
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it: 143 for SIGTERM, 130 for SIGINT."""
-        return 128 + self.signal if self.signal else 0
 
 
 def fingerprint(*parts: Any) -> str:
@@ -370,91 +177,3 @@ def fingerprint(*parts: Any) -> str:
             one.update(repr(asdict(part) if is_dataclass(part) else part).encode())
         total.update(one.digest())
     return total.hexdigest()[:16]
-
-
-# ---- processes (Accelerate over torch.distributed) ----
-
-
-def make_accelerator(device: str, precision: str, handlers: list[Any] = ()):
-    """One process or many: the same script under `python`, `accelerate launch` and `torchrun`."""
-    from accelerate import Accelerator
-
-    chosen = pick_device(device)
-    if chosen.index is not None and chosen.type == "cuda":
-        torch.cuda.set_device(chosen)    # Accelerate takes the current device, or its local rank's under a launcher
-    return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no", cpu=chosen.type == "cpu", kwargs_handlers=list(handlers)
-    )
-
-
-def check_split(batch_size: int, accum_grad: int, accelerator: Any) -> None:
-    """The global batch must split evenly, or the mean of the parts would not be the mean of the whole."""
-    processes = accelerator.num_processes
-    if batch_size % (processes * accum_grad):
-        raise UserError(
-            f"batch_size ({batch_size}) must be divisible by processes x accum_grad ({processes} x {accum_grad})"
-        )
-
-
-def average_over_processes(values: dict[str, float | Tensor], accelerator: Any) -> dict[str, float]:
-    """Means over all processes of numbers, or of tensors that hold one: read from the device once, not one by one."""
-    table = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach() for value in values.values()])
-    if accelerator.num_processes > 1:
-        table = accelerator.reduce(table.to(accelerator.device), "mean")
-    return dict(zip(values, table.tolist(), strict=True))
-
-
-class NotFinite(UserError):
-    """A loss or a gradient is NaN or infinite. Raised before it touches weights or checkpoints."""
-
-
-def check_finite(value: float | Tensor, what: str) -> None:
-    value = value.item() if isinstance(value, Tensor) else value
-    if not math.isfinite(value):
-        raise NotFinite(
-            f"the {what} is {value}: stopped before the weights were changed. Leave such steps out with "
-            "--resume auto --on-nan skip, or begin anew with a lower learning rate or precision fp32"
-        )
-
-
-# ---- flags of the training scripts ----
-
-
-def add_training_flags(
-    parser: argparse.ArgumentParser, default_config: str, train_dir: str = "folder(s) of training pictures"
-) -> None:
-    flag = parser.add_argument
-    flag("--config", default=default_config, help="YAML file (default: %(default)s)")
-    flag("--train-dir", required=True, nargs="+", help=train_dir)
-    flag("--val-dir", required=True, help="folder of validation pictures")
-    flag("--output-dir", required=True, help="for checkpoints, metrics.jsonl, TensorBoard and picture grids")
-    flag("--epochs", type=int)
-    flag("--batch-size", type=int, help="pictures per optimizer step, over all processes")
-    flag("--learning-rate", type=float)
-    flag("--accum-grad", type=int, help="micro-batches per optimizer step")
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    flag("--seed", type=int)
-    flag("--resume", metavar="FILE|auto", help="continue from a checkpoint; auto: the newest good one")
-    flag("--bad-images", choices=("error", "skip"), default="error", help="what unreadable pictures lead to")
-    flag("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one config value")
-
-
-def with_flags(section: dict[str, Any], args: Any) -> dict[str, Any]:
-    """Flags that were given win over the config file."""
-    flags = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "accum_grad", "seed")}
-    return section | {name: value for name, value in flags.items() if value is not None}
-
-
-# What may differ between a run and its continuation without changing what is computed.
-FREE_KEYS = ("accum_grad", "log_every", "save_every")
-
-
-def check_same_config(saved: dict[str, dict], given: dict[str, dict]) -> None:
-    """A run continues with the config that it began with."""
-    for section, values in given.items():
-        for key, value in values.items():
-            if section in saved and key not in saved[section]:
-                continue    # a key younger than the checkpoint
-            before = saved.get(section, {}).get(key)
-            if before != value and key not in FREE_KEYS:
-                raise UserError(f"can't resume: {section}.{key} is {value!r}, the checkpoint was trained with {before!r}")

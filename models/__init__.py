@@ -1,5 +1,5 @@
 """The models: `from models import MaskGIT`."""
 
-from models.maskgit import MaskGIT
+from .maskgit import MaskGIT
 
 __all__ = ["MaskGIT"]

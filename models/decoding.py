@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.schedule import gamma, mask_plan
+from .schedule import gamma, mask_plan
 
 DECODERS = ("maskgit", "halton", "reference")
 

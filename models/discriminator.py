@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from models.perceptual import weighted_mean
+from .perceptual import weighted_mean
 
 
 class PatchDiscriminator(nn.Module):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from models import pictures, quantize
-from models.decoding import Round, iterative_decode, places
-from models.transformer import BidirectionalTransformer, TransformerConfig
-from models.vqgan import VQGAN, VQGANConfig
+from . import pictures, quantize
+from .decoding import Round, iterative_decode, places
+from .transformer import BidirectionalTransformer, TransformerConfig
+from .vqgan import VQGAN, VQGANConfig
 
 FORMAT = "maskgit-inpainting"    # written into the metadata of weight files, so that foreign ones are recognised
 # What a file may hold in 8 bits: large matrices and kernels, most of its bytes. Never encoder and codebook, which would make

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.attention import Dropout, MultiHeadAttention
+from .attention import Dropout, MultiHeadAttention
 
 
 @dataclass

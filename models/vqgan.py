@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from models.autoencoder import Decoder, Encoder
-from models.codebook import Codebook, Quantized
-from models.local_autoencoder import ConditionedDecoder, LocalEncoder
+from .autoencoder import Decoder, Encoder
+from .codebook import Codebook, Quantized
+from .local_autoencoder import ConditionedDecoder, LocalEncoder
 
 ENCODERS = ("local", "reference")
 DECODERS = ("conditioned", "reference")

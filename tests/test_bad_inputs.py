@@ -3,7 +3,6 @@
 Hypothesis makes the inputs. What it makes is not always wrong (a number may be a fine one): then the script may do its work,
 which for a training ends before the first step. Each property counts how many distinct inputs were refused.
 """
-
 import contextlib
 import io
 import os
@@ -23,19 +22,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_runs import CONFIG, make_setting, write_pictures
 
-import baselines
-import data
 import evaluate
 import inpainting
-import training
 import training_transformer
 import training_vqgan
-import utils
+from evaluation import baselines
 from models.maskgit import MaskGIT
+from tools import dataset as dataset_tools
+from training.options import SECTIONS
+from utils import load_config, run_cli
 
 MAINS = {
     "vqgan": training_vqgan.main, "transformer": training_transformer.main, "inpainting": inpainting.main,
-    "evaluate": evaluate.main, "baselines": baselines.main, "data": data.main,
+    "evaluate": evaluate.main, "baselines": baselines.main, "data": dataset_tools.main,
 }    # fmt: skip
 
 
@@ -58,7 +57,7 @@ def setting(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_but_the_beginning(monkeypatch):
     """Trainings end where the first step would begin; no network; no colours in what argparse prints."""
-    monkeypatch.setattr(training, "loop", lambda *args, **options: 0)
+    monkeypatch.setattr(training_vqgan, "training_loop", lambda *args, **options: 0)
     monkeypatch.setattr(training_vqgan, "load_features", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("NO_COLOR", "1")
@@ -73,7 +72,7 @@ def outcome(script: str, argv: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            utils.run_cli(lambda: MAINS[script](argv))
+            run_cli(lambda: MAINS[script](argv))
         except SystemExit as end:
             return end.code or 0, err.getvalue()
 
@@ -121,7 +120,7 @@ VALUES = st.one_of(
 
 @pytest.mark.parametrize("script", ["vqgan", "transformer"])
 def test_values_in_configs(setting, tmp_path, script):
-    base = utils.load_config(setting.config)
+    base = load_config(setting.config)
     classes = {"vqgan": training_vqgan.VQGANConfig, "train_vqgan": training_vqgan.TrainVQGANConfig,
                "transformer": training_transformer.TransformerConfig,
                "train_transformer": training_transformer.TrainTransformerConfig}    # fmt: skip
@@ -139,11 +138,11 @@ def test_values_in_configs(setting, tmp_path, script):
 
 
 def test_keys_and_sections_in_configs(setting, tmp_path):
-    base = utils.load_config(setting.config)
-    name = TEXT.filter(lambda text: text not in training.SECTIONS)
+    base = load_config(setting.config)
+    name = TEXT.filter(lambda text: text not in SECTIONS)
     case = st.one_of(
         st.tuples(st.just("key"), name, VALUES), st.tuples(st.just("section"), name, st.just({})),
-        st.tuples(st.just("not a section"), st.sampled_from(training.SECTIONS), VALUES),
+        st.tuples(st.just("not a section"), st.sampled_from(SECTIONS), VALUES),
         st.tuples(st.just("all"), st.just(""), VALUES),
     )    # fmt: skip
 

@@ -1,12 +1,12 @@
 """baselines.py: known pixels stay, the hole is never seen, closed forms."""
-
 import sys
 
 import pytest
 import torch
 
-import baselines
-import data
+from evaluation import baselines
+from pictures.files import find_images
+from pictures.images import read_image, write_image
 
 SIDE = 24
 
@@ -66,7 +66,7 @@ def folders(tmp_path, picture):
     for folder, pixels in (("images", image), ("masks", (~mask * 255).to(torch.uint8).expand(3, -1, -1))):
         (tmp_path / folder).mkdir()
         for stem in ("a", "b"):
-            data.write_image(tmp_path / folder / f"{stem}.png", pixels)
+            write_image(tmp_path / folder / f"{stem}.png", pixels)
     return tmp_path
 
 
@@ -77,9 +77,9 @@ def flags(folders, method):
 
 def test_the_program_completes_a_folder(folders, picture):
     assert baselines.main(flags(folders, "mean")) == 0
-    written = data.find_images(folders / "out")
+    written = find_images(folders / "out")
     assert list(written) == ["a", "b"]
-    assert torch.equal(data.read_image(written["a"]), baselines.complete(*picture, "mean"))
+    assert torch.equal(read_image(written["a"]), baselines.complete(*picture, "mean"))
 
 
 def test_what_cannot_be_completed_is_refused(folders, monkeypatch):
@@ -87,7 +87,7 @@ def test_what_cannot_be_completed_is_refused(folders, monkeypatch):
     with pytest.raises(ValueError, match="pip install opencv-python-headless"):
         baselines.main(flags(folders, "telea"))
     assert not (folders / "out").exists()
-    data.write_image(folders / "masks" / "b.png", torch.zeros(3, SIDE, 30, dtype=torch.uint8))
+    write_image(folders / "masks" / "b.png", torch.zeros(3, SIDE, 30, dtype=torch.uint8))
     with pytest.raises(ValueError, match="its mask .*b.png"):
         baselines.main(flags(folders, "mean"))
     (folders / "masks" / "b.png").unlink()

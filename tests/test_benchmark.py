@@ -1,5 +1,4 @@
 """benchmark.py: what its cases compute and count. No test depends on how fast the machine is."""
-
 import ctypes
 import json
 import mmap
@@ -7,10 +6,10 @@ import mmap
 import pytest
 import torch
 
-import benchmark
-from benchmark import Bench, Case
 from models import MaskGIT
 from models.transformer import BidirectionalTransformer
+from tools import benchmark
+from tools.benchmark import Bench, Case
 from utils import UserError
 
 CPU = torch.device("cpu")

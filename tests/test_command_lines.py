@@ -1,11 +1,10 @@
 """A mistake on any script's command line: one sentence, exit code 2, nothing written."""
-
 import importlib
 
 import pytest
 
-import utils
 from tests.test_layout import SCRIPTS
+from utils import run_cli
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS | {"data", "figures"}))
@@ -14,7 +13,7 @@ def test_mistaken_flags_get_one_sentence(script, argv, capsys, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(script)
     with pytest.raises(SystemExit) as stopped:
-        utils.run_cli(lambda: module.main(argv))
+        run_cli(lambda: module.main(argv))
     out, err = capsys.readouterr()
     assert stopped.value.code == 2
     assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1

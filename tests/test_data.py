@@ -1,6 +1,6 @@
 """data.py and its command line: reading, pairing, holes, duplicates, splits, shards."""
-
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -14,9 +14,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import data
-import dataset_tools
-from data import DataError
+from pictures.files import find_images, pair
+from pictures.folders import load_folder, read_square
+from pictures.holes import _distance_to_box_centre, _distance_to_polyline, _nearest, random_holes, random_walks
+from pictures.images import _to_rgb, read_image, read_mask, to_float, to_uint8, write_image
+from pictures.shards import _read_shards, open_shards
+from pictures.views import COLOUR, MAX_MOVE, MAX_TURN, ZOOM, Views, random_views, take_views
+from tools import dataset as dataset_tools
+from utils import UserError
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -36,7 +41,7 @@ def save(path: Path, pixels: np.ndarray, **options) -> Path:
 
 
 def read_hwc(path: Path) -> np.ndarray:
-    return data.read_image(path).permute(1, 2, 0).numpy()
+    return read_image(path).permute(1, 2, 0).numpy()
 
 
 # ---- files and pairs ------------------------------------------------------------------------------------------------
@@ -47,28 +52,28 @@ def test_find_images_sorts_by_stem_and_leaves_out_what_is_no_picture(tmp_path):
     save(tmp_path / "sub" / "c.png", picture())
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "folder.png").mkdir()
-    found = data.find_images(tmp_path)
+    found = find_images(tmp_path)
     assert list(found) == ["a", "a-1", "b"]
     assert found["a"] == tmp_path / "a.JPG"
-    assert data.find_images(tmp_path / "b.png") == {"b": tmp_path / "b.png"}
+    assert find_images(tmp_path / "b.png") == {"b": tmp_path / "b.png"}
 
 
 def test_find_images_refuses_missing_empty_ambiguous_and_unreadable(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="nowhere does not exist"):
-        data.find_images(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no picture in"):
-        data.find_images(tmp_path)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        find_images(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no picture in"):
+        find_images(tmp_path)
     save(tmp_path / "a.png", picture())
     save(tmp_path / "a.jpg", picture())
-    with pytest.raises(DataError, match="a.jpg and a.png .* share a name"):
-        data.find_images(tmp_path)
+    with pytest.raises(UserError, match="a.jpg and a.png .* share a name"):
+        find_images(tmp_path)
 
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(DataError, match="cannot list .*: Permission denied"):
-        data.find_images(tmp_path)
+    with pytest.raises(UserError, match="cannot list .*: Permission denied"):
+        find_images(tmp_path)
 
 
 def test_pair_goes_by_stem(tmp_path):
@@ -76,29 +81,29 @@ def test_pair_goes_by_stem(tmp_path):
         save(tmp_path / "image" / f"{stem}.jpg", picture())
         save(tmp_path / "mask" / f"{stem}.png", picture())
     images, masks = tmp_path / "image", tmp_path / "mask"
-    assert data.pair(images, masks) == [(s, images / f"{s}.jpg", masks / f"{s}.png") for s in "abc"]
-    assert data.pair(images, masks / "b.png") == [(s, images / f"{s}.jpg", masks / "b.png") for s in "abc"]
-    assert data.pair(images / "b.jpg", masks) == [("b", images / "b.jpg", masks / "b.png")]
-    assert data.pair(images / "b.jpg", masks / "a.png") == [("b", images / "b.jpg", masks / "a.png")]
+    assert pair(images, masks) == [(s, images / f"{s}.jpg", masks / f"{s}.png") for s in "abc"]
+    assert pair(images, masks / "b.png") == [(s, images / f"{s}.jpg", masks / "b.png") for s in "abc"]
+    assert pair(images / "b.jpg", masks) == [("b", images / "b.jpg", masks / "b.png")]
+    assert pair(images / "b.jpg", masks / "a.png") == [("b", images / "b.jpg", masks / "a.png")]
 
 
 def test_pair_refuses_what_is_alone(tmp_path):
     for i in range(8):
         save(tmp_path / "image" / f"{i}.png", picture())
     save(tmp_path / "mask" / "7.png", picture())
-    with pytest.raises(DataError, match=r"7 picture\(s\) have no mask of the same name: 0, 1, 2, 3, 4, \.\.\.;"):
-        data.pair(tmp_path / "image", tmp_path / "mask")
-    with pytest.raises(DataError, match=r"7 mask\(s\) have no picture of the same name"):
-        data.pair(tmp_path / "mask", tmp_path / "image")
-    with pytest.raises(DataError, match=r"1 picture\(s\) have no mask of the same name: 3;"):
-        data.pair(tmp_path / "image" / "3.png", tmp_path / "mask")
+    with pytest.raises(UserError, match=r"7 picture\(s\) have no mask of the same name: 0, 1, 2, 3, 4, \.\.\.;"):
+        pair(tmp_path / "image", tmp_path / "mask")
+    with pytest.raises(UserError, match=r"7 mask\(s\) have no picture of the same name"):
+        pair(tmp_path / "mask", tmp_path / "image")
+    with pytest.raises(UserError, match=r"1 picture\(s\) have no mask of the same name: 3;"):
+        pair(tmp_path / "image" / "3.png", tmp_path / "mask")
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 def test_rgb_comes_back_exactly(tmp_path):
     pixels = picture(height=5, width=7)
-    image = data.read_image(save(tmp_path / "a.png", pixels))
+    image = read_image(save(tmp_path / "a.png", pixels))
     assert image.dtype == torch.uint8 and image.shape == (3, 5, 7)
     assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
 
@@ -108,7 +113,7 @@ def test_rgb_comes_back_exactly(tmp_path):
 def test_every_mode_reads_as_pillow_shows_it(tmp_path, mode, suffix):
     image = Image.fromarray(picture()).convert(mode)
     if suffix is None:
-        assert data._to_rgb(image, "a").tobytes() == image.convert("RGB").tobytes()
+        assert _to_rgb(image, "a").tobytes() == image.convert("RGB").tobytes()
         return
     image.save(tmp_path / f"a.{suffix}")
     expected = np.asarray(image.convert("RGB")).astype(int)
@@ -122,7 +127,7 @@ def test_alpha_is_composited_on_white(tmp_path, mode):
     image = Image.new(mode, (2, 1), color)
     image.putpixel((1, 0), (*color[:-1], 0))
     image.save(tmp_path / "a.png")
-    half, clear = data.read_image(tmp_path / "a.png")[:, 0].T.tolist()
+    half, clear = read_image(tmp_path / "a.png")[:, 0].T.tolist()
     colors = color[:3] if mode == "RGBA" else [200] * 3
     assert half == pytest.approx([255 + (c - 255) * 128 / 255 for c in colors], abs=1)
     assert clear == [255, 255, 255]
@@ -133,9 +138,9 @@ def test_transparent_palette_and_colour_key_are_white(tmp_path):
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
     image.save(tmp_path / "palette.png", transparency=1)
-    assert data.read_image(tmp_path / "palette.png")[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
+    assert read_image(tmp_path / "palette.png")[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "key.png", transparency=(1, 2, 3))
-    assert data.read_image(tmp_path / "key.png").flatten().tolist() == [255, 255, 255]
+    assert read_image(tmp_path / "key.png").flatten().tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -144,25 +149,25 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path, name):
     save(tmp_path / name, levels)
     expected = np.rint(levels / 257).astype(int)[0].tolist()
     assert expected[-1] == 255 and expected[3] == 1
-    assert data.read_image(tmp_path / name)[:, 0].tolist() == [expected] * 3
+    assert read_image(tmp_path / name)[:, 0].tolist() == [expected] * 3
 
 
 def test_16_bit_gray_big_endian_and_rgb(tmp_path):
     levels = np.array([[0, 257 * 7, 65535]], dtype=np.uint16)
     Image.frombytes("I;16B", (3, 1), levels.astype(">u2").tobytes()).save(tmp_path / "a.tif")
-    assert data.read_image(tmp_path / "a.tif")[0, 0].tolist() == [0, 7, 255]
+    assert read_image(tmp_path / "a.tif")[0, 0].tolist() == [0, 7, 255]
     cv2 = pytest.importorskip("cv2", reason="Pillow cannot write 16-bit RGB")
     cv2.imwrite(str(tmp_path / "b.png"), np.array([[[257 * 3, 257 * 2, 257 * 200]]], dtype=np.uint16))    # BGR
-    assert data.read_image(tmp_path / "b.png").flatten().tolist() == [200, 2, 3]
+    assert read_image(tmp_path / "b.png").flatten().tolist() == [200, 2, 3]
 
 
 def test_pixels_without_a_defined_range_are_refused(tmp_path):
     save(tmp_path / "float.tif", np.zeros((2, 2), dtype=np.float32))
-    with pytest.raises(DataError, match="float.tif holds floating-point"):
-        data.read_image(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="float.tif holds floating-point"):
+        read_image(tmp_path / "float.tif")
     save(tmp_path / "int.tif", np.array([[70000]], dtype=np.int32))
-    with pytest.raises(DataError, match="int.tif holds 32-bit"):
-        data.read_image(tmp_path / "int.tif")
+    with pytest.raises(UserError, match="int.tif holds 32-bit"):
+        read_image(tmp_path / "int.tif")
 
 
 @pytest.mark.parametrize("orientation, turn", [
@@ -181,7 +186,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, turn):
 def test_an_animation_gives_its_first_frame(tmp_path, name):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
-    assert data.read_image(tmp_path / name)[:, 0, 0].tolist() == [255, 0, 0]
+    assert read_image(tmp_path / name)[:, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_broken_files_are_named(tmp_path):
@@ -193,22 +198,22 @@ def test_broken_files_are_named(tmp_path):
     png[40:60] = bytes(20)
     (tmp_path / "broken.png").write_bytes(png)
     for name in ("cut.jpg", "text.jpg", "empty.png", "broken.png"):
-        with pytest.raises(DataError, match=f"cannot read .*{name} as a picture"):
-            data.read_image(tmp_path / name)
-    with pytest.raises(DataError, match="nowhere.png does not exist"):
-        data.read_image(tmp_path / "nowhere.png")
+        with pytest.raises(UserError, match=f"cannot read .*{name} as a picture"):
+            read_image(tmp_path / name)
+    with pytest.raises(UserError, match="nowhere.png does not exist"):
+        read_image(tmp_path / "nowhere.png")
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = save(tmp_path / "bomb.png", picture(height=20, width=30))
-    monkeypatch.setattr(data, "MAX_PIXELS", 600)
-    assert data.read_image(path).shape == (3, 20, 30)
-    monkeypatch.setattr(data, "MAX_PIXELS", 599)
-    with pytest.raises(DataError, match="bomb.png has 30x20 pixels, more than the 599 allowed"):
-        data.read_image(path)
+    monkeypatch.setattr("pictures.images.MAX_PIXELS", 600)
+    assert read_image(path).shape == (3, 20, 30)
+    monkeypatch.setattr("pictures.images.MAX_PIXELS", 599)
+    with pytest.raises(UserError, match="bomb.png has 30x20 pixels, more than the 599 allowed"):
+        read_image(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)    # Pillow's own limit comes first for the largest
-    with pytest.raises(DataError, match="bomb.png"):
-        data.read_image(path)
+    with pytest.raises(UserError, match="bomb.png"):
+        read_image(path)
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -218,58 +223,58 @@ def test_mask_polarity(tmp_path):
     path = save(tmp_path / "a.png", gray)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mask = data.read_mask(path)
+        mask = read_mask(path)
         assert mask.dtype == torch.bool and mask.tolist() == [[[True, False, False]]]
-        assert torch.equal(data.read_mask(path, hole="white"), ~mask)
-    with pytest.raises(DataError, match="unknown hole colour 'grey'; expected 'black' or 'white'"):
-        data.read_mask(path, hole="grey")
+        assert torch.equal(read_mask(path, hole="white"), ~mask)
+    with pytest.raises(UserError, match="unknown hole colour 'grey'; expected 'black' or 'white'"):
+        read_mask(path, hole="grey")
 
 
 def test_soft_masks_are_cut_at_128_with_a_warning(tmp_path):
     path = save(tmp_path / "a.png", np.array([[0, 1, 127, 128, 254, 255, 255, 255]], dtype=np.uint8))
     with pytest.warns(UserWarning, match=r"a.png has gray levels between 0 and 255 in 50.0% of its pixels"):
-        mask = data.read_mask(path)
+        mask = read_mask(path)
     assert mask.flatten().tolist() == [True, True, True, False, False, False, False, False]
     with pytest.warns(UserWarning):
-        assert torch.equal(data.read_mask(path, hole="white"), ~mask)
+        assert torch.equal(read_mask(path, hole="white"), ~mask)
 
 
 # ---- values and writing ---------------------------------------------------------------------------------------------
 
 def test_float_and_back_is_exact_for_all_values():
     values = torch.arange(256, dtype=torch.uint8)
-    x = data.to_float(values)
+    x = to_float(values)
     assert x.dtype == torch.float32 and x[0] == -1 and x[-1] == 1
-    assert torch.equal(data.to_uint8(x), values)
-    assert torch.equal(data.to_uint8(x.double()), values)
-    assert data.to_uint8(torch.tensor([-3.0, 3.0, 0.49 / 127.5 - 1, 0.51 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
+    assert torch.equal(to_uint8(x), values)
+    assert torch.equal(to_uint8(x.double()), values)
+    assert to_uint8(torch.tensor([-3.0, 3.0, 0.49 / 127.5 - 1, 0.51 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
 
 
 def test_write_image_reads_back_and_leaves_nothing_else(tmp_path):
     image = torch.randint(256, (3, 6, 4), dtype=torch.uint8, generator=generator())
     path = tmp_path / "new" / "a.png"
-    data.write_image(path, image)
-    data.write_image(path, image.flip(-1))    # replaces
-    assert torch.equal(data.read_image(path), image.flip(-1))
+    write_image(path, image)
+    write_image(path, image.flip(-1))    # replaces
+    assert torch.equal(read_image(path), image.flip(-1))
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_write_image_refusals_leave_nothing_behind(tmp_path, monkeypatch):
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"takes uint8 \(3, H, W\), got torch.float32"):
-        data.write_image(tmp_path / "a.png", image.float())
-    with pytest.raises(DataError, match="a.jpg must end in .png"):
-        data.write_image(tmp_path / "a.jpg", image)
+        write_image(tmp_path / "a.png", image.float())
+    with pytest.raises(UserError, match="a.jpg must end in .png"):
+        write_image(tmp_path / "a.jpg", image)
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot write .*a.png: "):
-        data.write_image(tmp_path / "file" / "a.png", image)
+    with pytest.raises(UserError, match="cannot write .*a.png: "):
+        write_image(tmp_path / "file" / "a.png", image)
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.os, "replace", fail)
-    with pytest.raises(DataError, match="cannot write .*a.png: No space left on device"):
-        data.write_image(tmp_path / "a.png", image)
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match="cannot write .*a.png: No space left on device"):
+        write_image(tmp_path / "a.png", image)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -279,7 +284,7 @@ def test_load_folder_is_sorted_and_exact_at_the_same_size(tmp_path):
     pixels = {stem: picture(seed, 16, 16) for seed, stem in enumerate("cab")}
     for stem, value in pixels.items():
         save(tmp_path / f"{stem}.png", value)
-    images = data.load_folder(tmp_path, 16)
+    images = load_folder(tmp_path, 16)
     assert images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16)
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack([pixels[stem] for stem in "abc"]))
 
@@ -288,32 +293,32 @@ def test_load_folder_is_sorted_and_exact_at_the_same_size(tmp_path):
                                                           (20, 16, slice(2, 18), slice(0, 16))])
 def test_the_centre_is_cut_without_resampling(tmp_path, height, width, rows, columns):
     pixels = picture(0, height, width)
-    image = data.read_square(save(tmp_path / "a.png", pixels), 16)
+    image = read_square(save(tmp_path / "a.png", pixels), 16)
     assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels[rows, columns])
 
 
 def test_shrinking_is_antialiased(tmp_path):
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255    # without antialiasing some columns would come out black or white
-    image = data.read_square(save(tmp_path / "a.png", stripes), 8).int()
+    image = read_square(save(tmp_path / "a.png", stripes), 8).int()
     assert (image - 128).abs().max() < 16
 
 
 def test_load_folder_stops_at_or_skips_bad_pictures(tmp_path, capsys):
     for i in range(13):
         (tmp_path / f"bad{i:02}.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"none of the 13 picture\(s\) .* can be read; the first: .*bad00.png"):
-        data.load_folder(tmp_path, 8, bad_images="skip")
+    with pytest.raises(UserError, match=r"none of the 13 picture\(s\) .* can be read; the first: .*bad00.png"):
+        load_folder(tmp_path, 8, bad_images="skip")
     save(tmp_path / "a.png", picture(0, 8, 8))
     save(tmp_path / "z.png", picture(1, 8, 8))
-    with pytest.raises(DataError, match="cannot read .*bad"):
-        data.load_folder(tmp_path, 8)
-    images = data.load_folder(tmp_path, 8, bad_images="skip")
-    assert torch.equal(images, torch.stack([data.read_image(tmp_path / "a.png"), data.read_image(tmp_path / "z.png")]))
+    with pytest.raises(UserError, match="cannot read .*bad"):
+        load_folder(tmp_path, 8)
+    images = load_folder(tmp_path, 8, bad_images="skip")
+    assert torch.equal(images, torch.stack([read_image(tmp_path / "a.png"), read_image(tmp_path / "z.png")]))
     said = capsys.readouterr().err
     assert "skipped 13 of 15 pictures" in said and "bad09.png" in said and "... and 3 more" in said
-    with pytest.raises(DataError, match="unknown bad_images 'ignore'; expected 'error' or 'skip'"):
-        data.load_folder(tmp_path, 8, bad_images="ignore")
+    with pytest.raises(UserError, match="unknown bad_images 'ignore'; expected 'error' or 'skip'"):
+        load_folder(tmp_path, 8, bad_images="ignore")
 
 
 # ---- random holes ---------------------------------------------------------------------------------------------------
@@ -321,21 +326,21 @@ def test_load_folder_stops_at_or_skips_bad_pictures(tmp_path, capsys):
 @pytest.mark.parametrize("size", [2, 3, 8, 31, 64])
 def test_every_random_mask_has_a_hole_and_a_known_pixel(size):
     count = 20_000 // size
-    holes = data.random_holes(count, size, generator())
+    holes = random_holes(count, size, generator())
     assert holes.dtype == torch.bool and holes.shape == (count, 1, size, size)
     assert holes.flatten(1).any(1).all() and (~holes).flatten(1).any(1).all()
 
 
 def test_random_holes_are_a_function_of_the_generator():
     g = generator(3)
-    first, second = data.random_holes(20, 16, g), data.random_holes(20, 16, g)
+    first, second = random_holes(20, 16, g), random_holes(20, 16, g)
     assert not torch.equal(first, second)
     torch.manual_seed(7)    # the global generator plays no part
-    assert torch.equal(data.random_holes(20, 16, generator(3)), first)
-    assert not torch.equal(data.random_holes(20, 16, generator(4)), first)
-    assert data.random_holes(0, 16, g).shape == (0, 1, 16, 16)
+    assert torch.equal(random_holes(20, 16, generator(3)), first)
+    assert not torch.equal(random_holes(20, 16, generator(4)), first)
+    assert random_holes(0, 16, g).shape == (0, 1, 16, 16)
     with pytest.raises(ValueError, match=r"size \(1\) must be at least 2"):
-        data.random_holes(1, 1, g)
+        random_holes(1, 1, g)
 
 
 def test_walks_have_the_law_of_a_walk_that_stays_at_the_border():
@@ -349,7 +354,7 @@ def test_walks_have_the_law_of_a_walk_that_stays_at_the_border():
             seen.add(2 * y + x)
         expected[sum(1 << cell for cell in seen)] += 1 / 4**4
     count = 20_000
-    codes = (data.random_walks(count, 2, generator()).flatten(1).int() << torch.arange(4)).sum(1)
+    codes = (random_walks(count, 2, generator()).flatten(1).int() << torch.arange(4)).sum(1)
     drawn = Counter(codes.tolist())
     assert set(drawn) == set(expected)
     for code, p in expected.items():
@@ -358,8 +363,8 @@ def test_walks_have_the_law_of_a_walk_that_stays_at_the_border():
 
 def test_boxes_are_boxes_and_have_the_share_drawn():
     g = generator()
-    distance = data._distance_to_box_centre(200, 32, g)
-    for hole in data._nearest(distance, g).view(-1, 32, 32):
+    distance = _distance_to_box_centre(200, 32, g)
+    for hole in _nearest(distance, g).view(-1, 32, 32):
         rows, columns = hole.any(1), hole.any(0)
         assert torch.equal(hole, rows[:, None] & columns[None])    # a product of two sets...
         assert rows.int().diff().abs().sum() <= 2 and columns.int().diff().abs().sum() <= 2    # ...each an interval
@@ -367,14 +372,14 @@ def test_boxes_are_boxes_and_have_the_share_drawn():
 
 def test_strokes_have_a_share_of_5_to_60_percent():
     g = generator()
-    distance = data._distance_to_polyline(200, 32, g)
-    share = data._nearest(distance, g).float().mean(1)
+    distance = _distance_to_polyline(200, 32, g)
+    share = _nearest(distance, g).float().mean(1)
     assert share.min() >= 0.045 and share.max() <= 0.61 and share.min() < 0.06 and share.max() > 0.5
 
 
 def test_polyline_distance_matches_dense_sampling():
     size = 16
-    distance = data._distance_to_polyline(3, size, generator(5))
+    distance = _distance_to_polyline(3, size, generator(5))
     points = torch.rand(3, 4, 1, 2, generator=generator(5)).squeeze(2)             # the same draw
     t = torch.linspace(0, 1, 400)[:, None]
     centres = (torch.arange(size) + 0.5) / size
@@ -394,14 +399,14 @@ def _hole_statistics(holes: torch.Tensor) -> dict[str, float]:
 
 
 def test_random_holes_resemble_the_test_masks(shared):
-    files = data.find_images(shared / "data" / "catface64" / "test" / "mask")
-    real = torch.cat([data.read_mask(file) for file in files.values()])            # (300, 64, 64)
+    files = find_images(shared / "data" / "catface64" / "test" / "mask")
+    real = torch.cat([read_mask(file) for file in files.values()])            # (300, 64, 64)
     g = generator()
-    expected, walks = _hole_statistics(real), _hole_statistics(data.random_walks(1000, 64, g).view(-1, 64, 64))
+    expected, walks = _hole_statistics(real), _hole_statistics(random_walks(1000, 64, g).view(-1, 64, 64))
     tolerance = {"mean": 0.006, "std": 0.005, "outline": 0.005, "border": 0.012}    # 2 to 3 sigma of 300 masks
     for name, value in expected.items():
         assert walks[name] == pytest.approx(value, abs=tolerance[name]), name
-    share = data.random_holes(4000, 64, g).float().mean((1, 2, 3))
+    share = random_holes(4000, 64, g).float().mean((1, 2, 3))
     real_share = real.float().mean((1, 2))
     assert share.mean().item() == pytest.approx(real_share.mean().item(), abs=0.015)
     assert share.median().item() == pytest.approx(real_share.median().item(), abs=0.01)
@@ -428,7 +433,7 @@ def planted(tmp_path) -> tuple[Path, Path]:
 def test_check_finds_planted_duplicates(planted, tmp_path, capsys):
     train, val = planted
     report = tmp_path / "report.json"
-    assert data.main(["check", str(train), str(val), "--json", str(report)]) == 1
+    assert dataset_tools.main(["check", str(train), str(val), "--json", str(report)]) == 1
     found = json.loads(report.read_text())
     assert found["leak"] is True and found["folders"] == [str(train), str(val)]
     groups = {frozenset(Path(file).name for file in group["files"]): group for group in found["groups"]}
@@ -445,7 +450,7 @@ def test_check_finds_planted_duplicates(planted, tmp_path, capsys):
 
 def test_check_without_a_leak_is_0(planted, capsys):
     train, _ = planted
-    assert data.main(["check", str(train), "--list", "5"]) == 0
+    assert dataset_tools.main(["check", str(train), "--list", "5"]) == 0
     out = capsys.readouterr().out
     assert "across folders: 0 exact, 0 near\n" in out and "inside.png" in out
 
@@ -454,7 +459,7 @@ def test_check_lists_a_limited_number_of_groups(tmp_path, capsys):
     for i in range(23):
         for folder in ("a", "b"):
             save(tmp_path / folder / f"{i}.png", picture(i, 16, 16))
-    assert data.main(["check", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert dataset_tools.main(["check", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     out = capsys.readouterr().out
     assert out.count("exact: ") == 20 and "... and 3 more" in out
 
@@ -467,20 +472,21 @@ def test_bad_input_is_2_with_a_sentence(planted, tmp_path, capsys):
         (["check", train, "--threshold", "1.5"], r"--threshold (1.5) must lie in (0, 1]"),
         (["check", train, "--json", str(planted[0] / "00.png" / "report.json")], "cannot write"),
     ]:
-        assert data.main(argv) == 2
+        assert dataset_tools.main(argv) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error
     for i in range(11):
         (planted[1] / f"text{i}.jpg").write_text("no picture")
-    assert data.main(["check", val]) == 2
+    assert dataset_tools.main(["check", val]) == 2
     error = capsys.readouterr().err
     assert "11 picture(s)" in error and "text0.jpg" in error and "... and 1 more" in error
 
 
 def test_check_runs_as_a_script(planted, capsys):
-    run = subprocess.run([sys.executable, data.__file__, "check", *map(str, planted)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "tools.dataset", "check", *map(str, planted)],
+                         capture_output=True, text=True)
     assert run.returncode == 1 and "a leak" in run.stdout
-    assert data.main(["check", "nowhere"]) == 2    # the same in this process, which has loaded everything
+    assert dataset_tools.main(["check", "nowhere"]) == 2    # the same in this process, which has loaded everything
     assert capsys.readouterr().err == "error: nowhere is not a folder; give folders of pictures\n"
 
 
@@ -489,7 +495,7 @@ def test_interrupt_is_130(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dataset_tools, "check", interrupt)
-    assert data.main(["check", "x"]) == 130
+    assert dataset_tools.main(["check", "x"]) == 130
 
 
 def test_near_pairs_do_not_depend_on_the_block_size():
@@ -526,7 +532,7 @@ def test_groups_are_closed_under_links(tmp_path, monkeypatch):
 
 def test_the_real_split_has_no_leak(shared):
     folder = shared / "data" / "catface64"
-    assert data.main(["check", *(str(folder / name) for name in ("train", "val", "test/image"))]) == 0
+    assert dataset_tools.main(["check", *(str(folder / name) for name in ("train", "val", "test/image"))]) == 0
 
 
 # ---- split ----------------------------------------------------------------------------------------------------------
@@ -550,14 +556,15 @@ def mixed(tmp_path) -> Path:
 
 def test_split_is_complete_leak_free_and_of_the_right_size(mixed, tmp_path, capsys):
     output = tmp_path / "out"
-    assert data.main(["split", str(mixed), "--output", str(output), "--val-share", "0.2", "--test-share", "0.1"]) == 0
+    argv = ["split", str(mixed), "--output", str(output), "--val-share", "0.2", "--test-share", "0.1"]
+    assert dataset_tools.main(argv) == 0
     files = {part: {file.name for file in (output / part).iterdir()} for part in ("train", "val", "test")}
     assert [len(files[part]) for part in ("train", "val", "test")] == [21, 6, 3]
     assert set.union(*files.values()) == {file.name for file in mixed.iterdir()}
     for part, names in files.items():
         assert all((output / part / name).read_bytes() == (mixed / name).read_bytes() for name in names)
     capsys.readouterr()
-    assert data.main(["check", *(str(output / part) for part in files)]) == 0
+    assert dataset_tools.main(["check", *(str(output / part) for part in files)]) == 0
     assert not list(tmp_path.glob(".*"))
 
 
@@ -567,7 +574,7 @@ def test_split_depends_on_content_and_seed_only(mixed, tmp_path):
     for i, file in enumerate(sorted(mixed.iterdir(), reverse=True)):
         (renamed / f"{i:03}{file.suffix}").write_bytes(file.read_bytes())
     for source, output, seed in ((mixed, "a", 0), (renamed, "b", 0), (mixed, "c", 1)):
-        assert data.main(["split", str(source), "--output", str(tmp_path / output), "--val-share", "0.3",
+        assert dataset_tools.main(["split", str(source), "--output", str(tmp_path / output), "--val-share", "0.3",
                           "--seed", str(seed)]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert contents(tmp_path / "a")["val"] != contents(tmp_path / "c")["val"]
@@ -576,7 +583,7 @@ def test_split_depends_on_content_and_seed_only(mixed, tmp_path):
 
 def test_split_distinct_keeps_one_of_each(mixed, tmp_path):
     (tmp_path / "out").mkdir()    # empty is fine
-    assert data.main(["split", str(mixed), "--output", str(tmp_path / "out"), "--distinct"]) == 0
+    assert dataset_tools.main(["split", str(mixed), "--output", str(tmp_path / "out"), "--distinct"]) == 0
     digests = sum(contents(tmp_path / "out").values(), [])
     assert len(digests) == len(set(digests)) == 25
     names = {file.name for part in (tmp_path / "out").iterdir() for file in part.iterdir()}
@@ -598,7 +605,7 @@ def test_split_refusals(mixed, tmp_path, capsys):
         ([str(mixed), "--output", new, "--val-share", "nan"], "between 0 and 1"),
         ([str(alike), "--output", new], "no picture is left for val: the 3 picture(s) form 1 group(s)"),
     ]:
-        assert data.main(["split", *argv]) == 2
+        assert dataset_tools.main(["split", *argv]) == 2
         assert message in capsys.readouterr().err
     assert not Path(new).exists()
 
@@ -608,7 +615,7 @@ def test_a_failed_split_leaves_nothing(mixed, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dataset_tools.shutil, "copy", fail)
-    assert data.main(["split", str(mixed), "--output", str(tmp_path / "out")]) == 2
+    assert dataset_tools.main(["split", str(mixed), "--output", str(tmp_path / "out")]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
 
@@ -620,13 +627,13 @@ def test_every_picture_gets_a_hole_of_its_size_that_depends_on_seed_and_name(tmp
         save(tmp_path / "src" / name, picture(0, height, width))
     save(tmp_path / "one" / "b.png", picture(1, 64, 64))
     for source, output, *flags in (("src", "x"), ("one", "y"), ("src", "z", "--seed", "1"), ("src", "w", "--kind", "all")):
-        assert data.main(["holes", str(tmp_path / source), "--output", str(tmp_path / output), *flags]) == 0
-    pairs = data.pair(tmp_path / "src", tmp_path / "x")
-    masks = {stem: data.read_mask(mask) for stem, _, mask in pairs}
-    assert {stem: data.read_image(image).shape[1:] for stem, image, _ in pairs} == {s: m.shape[1:] for s, m in masks.items()}
-    drawn = {seed: data.random_walks(1, 64, dataset_tools.hole_generator("b", seed))[0] for seed in (0, 1)}
-    of_all_kinds = data.random_holes(1, 64, dataset_tools.hole_generator("b", 0))[0]
-    for mask, expected in ((masks["b"], drawn[0]), *((data.read_mask(tmp_path / folder / "b.png"), hole) for folder, hole in
+        assert dataset_tools.main(["holes", str(tmp_path / source), "--output", str(tmp_path / output), *flags]) == 0
+    pairs = pair(tmp_path / "src", tmp_path / "x")
+    masks = {stem: read_mask(mask) for stem, _, mask in pairs}
+    assert {stem: read_image(image).shape[1:] for stem, image, _ in pairs} == {s: m.shape[1:] for s, m in masks.items()}
+    drawn = {seed: random_walks(1, 64, dataset_tools.hole_generator("b", seed))[0] for seed in (0, 1)}
+    of_all_kinds = random_holes(1, 64, dataset_tools.hole_generator("b", 0))[0]
+    for mask, expected in ((masks["b"], drawn[0]), *((read_mask(tmp_path / folder / "b.png"), hole) for folder, hole in
                            (("y", drawn[0]), ("z", drawn[1]), ("w", of_all_kinds)))):    # fmt: skip
         assert torch.equal(mask, expected)
     assert not torch.equal(masks["a"], masks["b"]) and not torch.equal(drawn[0], drawn[1])
@@ -644,7 +651,7 @@ def test_holes_refusals(tmp_path, capsys):
         (["tiny", "--output", str(tmp_path / "new")], "a.png is too small for a hole that was drawn on 64x64"),
         (["none", "--output", str(tmp_path / "new")], "none"),
     ]:
-        assert data.main(["holes", str(tmp_path / argv[0]), *argv[1:]]) == 2
+        assert dataset_tools.main(["holes", str(tmp_path / argv[0]), *argv[1:]]) == 2
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "tiny"]
 
@@ -658,14 +665,14 @@ def packed(tmp_path_factory) -> tuple[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("packed")
     for i in range(23):
         save(folder / "src" / f"{i:02}.v1.png", picture(i, 12, 16))    # a dot in the stem, which WebDataset would split
-    assert data.main(["shards", str(folder / "src"), "--output", str(folder / "s-%06d.tar"), "--size", "8",
+    assert dataset_tools.main(["shards", str(folder / "src"), "--output", str(folder / "s-%06d.tar"), "--size", "8",
                       "--shard-size", "6"]) == 0
     assert sorted(file.name for file in folder.iterdir()) == [*(f"s-{i:06}.tar" for i in range(4)), "src"]
-    return f"{folder}/s-{{000000..000003}}.tar", data.load_folder(folder / "src", 8)
+    return f"{folder}/s-{{000000..000003}}.tar", load_folder(folder / "src", 8)
 
 
 def stream(packed, **options) -> list[torch.Tensor]:
-    return list(data.open_shards(packed[0], 8, **{"buffer": 5, **options}))
+    return list(open_shards(packed[0], 8, **{"buffer": 5, **options}))
 
 
 def key(images) -> list[bytes]:
@@ -682,7 +689,7 @@ def test_shards_hold_every_picture_once_bit_for_bit(packed, seed):
 
 def test_shards_are_written_the_same_again(packed, tmp_path):
     source = Path(packed[0]).parent / "src"
-    assert data.main(["shards", str(source), "--output", str(tmp_path / "s-%06d.tar"), "--size", "8",
+    assert dataset_tools.main(["shards", str(source), "--output", str(tmp_path / "s-%06d.tar"), "--size", "8",
                       "--shard-size", "6"]) == 0
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (source.parent / file.name).read_bytes()
@@ -697,8 +704,8 @@ def test_the_order_is_a_function_of_seed_and_epoch(packed):
 
 def test_each_run_of_the_buffer_is_permuted_by_itself(packed):
     first_shard = packed[0].replace("{000000..000003}", "000000")    # 6 samples: 2 runs of 3
-    whole = key(data.open_shards(first_shard, 8, seed=None))
-    orders = [[whole.index(image) for image in key(data.open_shards(first_shard, 8, epoch=epoch, buffer=3))]
+    whole = key(open_shards(first_shard, 8, seed=None))
+    orders = [[whole.index(image) for image in key(open_shards(first_shard, 8, epoch=epoch, buffer=3))]
               for epoch in range(8)]
     assert all(sorted(order[:3]) == [0, 1, 2] and sorted(order[3:]) == [3, 4, 5] for order in orders)
     assert any([i + 3 for i in order[:3]] != order[3:] for order in orders)
@@ -721,7 +728,7 @@ def test_ranks_share_the_samples_evenly(packed, world_size):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_loader_workers_give_the_batches_that_none_gives(packed, workers):
-    shards = data.open_shards(packed[0], 8, batch_size=4, buffer=5, start=4, world_size=1)
+    shards = open_shards(packed[0], 8, batch_size=4, buffer=5, start=4, world_size=1)
     plain = list(DataLoader(shards, batch_size=4))
     loaded = list(DataLoader(shards, batch_size=4, num_workers=workers, multiprocessing_context="fork"))
     assert [len(batch) for batch in plain] == [4, 4, 4, 4, 3]
@@ -731,40 +738,40 @@ def test_loader_workers_give_the_batches_that_none_gives(packed, workers):
 def test_no_more_than_the_buffer_is_read_ahead(packed, monkeypatch):
     taken = 0
 
-    def count(urls, read=data._read_shards):
+    def count(urls, read=_read_shards):
         nonlocal taken
         for sample in read(urls):
             taken += 1
             yield sample
 
-    monkeypatch.setattr(data, "_read_shards", count)
-    for position, _ in enumerate(data.open_shards(packed[0], 8, buffer=5)):
+    monkeypatch.setattr("pictures.shards._read_shards", count)
+    for position, _ in enumerate(open_shards(packed[0], 8, buffer=5)):
         assert taken <= (position // 5 + 1) * 5
 
 
 def test_shards_resize_and_refuse(packed, tmp_path):
-    assert next(iter(data.open_shards(packed[0], 4))).shape == (3, 4, 4)
-    with pytest.raises(DataError, match=r"2 of 6 shard\(s\) .* do not exist; the first: .*s-000004.tar"):
-        data.open_shards(packed[0].replace("03}", "05}"), 8)
+    assert next(iter(open_shards(packed[0], 4))).shape == (3, 4, 4)
+    with pytest.raises(UserError, match=r"2 of 6 shard\(s\) .* do not exist; the first: .*s-000004.tar"):
+        open_shards(packed[0].replace("03}", "05}"), 8)
     for bad in ({"rank": 2, "world_size": 2}, {"start": -1}, {"epoch": -1}, {"seed": -1}, {"buffer": 0}, {"size": 0}):
         with pytest.raises(ValueError, match="open_shards needs"):
-            data.open_shards(packed[0], **{"size": 8, **bad})
+            open_shards(packed[0], **{"size": 8, **bad})
     first = Path(packed[0]).parent / "s-000000.tar"
     (tmp_path / "cut.tar").write_bytes(first.read_bytes()[:700])
-    with pytest.raises(DataError, match="cannot read the shards: .*cut.tar"):
-        list(data.open_shards(tmp_path / "cut.tar", 8))
+    with pytest.raises(UserError, match="cannot read the shards: .*cut.tar"):
+        list(open_shards(tmp_path / "cut.tar", 8))
 
 
 def test_samples_without_a_picture_are_named(tmp_path):
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "first", "txt": "hello"})
-    with pytest.raises(DataError, match="sample first of .*a.tar holds no picture; its fields are txt"):
-        list(data.open_shards(tmp_path / "a.tar", 8))
+    with pytest.raises(UserError, match="sample first of .*a.tar holds no picture; its fields are txt"):
+        list(open_shards(tmp_path / "a.tar", 8))
     with webdataset.TarWriter(str(tmp_path / "b.tar")) as writer:
         writer.write({"__key__": "second", "png": b"no picture"})
-    with pytest.raises(DataError, match="cannot read second of .*b.tar as a picture"):
-        list(data.open_shards(tmp_path / "b.tar", 8))
+    with pytest.raises(UserError, match="cannot read second of .*b.tar as a picture"):
+        list(open_shards(tmp_path / "b.tar", 8))
 
 
 def test_shards_command_refusals(packed, tmp_path, capsys):
@@ -779,7 +786,7 @@ def test_shards_command_refusals(packed, tmp_path, capsys):
         ([source, "--output", str(Path(source).parent / "s-%06d.tar")], "exists; remove the old shards"),
         ([str(tmp_path / "bad"), "--output", str(tmp_path / "s-%06d.tar")], "cannot read"),
     ]:
-        assert data.main(["shards", *argv, "--size", "8"]) == 2
+        assert dataset_tools.main(["shards", *argv, "--size", "8"]) == 2
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
@@ -792,44 +799,44 @@ def smooth_pictures(count: int, size: int = 32) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5
 
 
-def view(angle: float = 0.0, move: float = 0.0, colour=(0.0, 1.0, 1.0)) -> data.Views:
+def view(angle: float = 0.0, move: float = 0.0, colour=(0.0, 1.0, 1.0)) -> Views:
     c, s = np.cos(angle), np.sin(angle)
     place = torch.tensor([[[c, -s, move], [s, c, 0.0]]], dtype=torch.float32)
-    return data.Views(torch.tensor([True]), place, torch.tensor([colour]))
+    return Views(torch.tensor([True]), place, torch.tensor([colour]))
 
 
 def test_a_share_of_the_pictures_is_seen_otherwise_and_the_others_bit_for_bit():
     image = smooth_pictures(64)
-    views = data.random_views(64, 0.5, generator())
-    seen = data.take_views(image, views)
+    views = random_views(64, 0.5, generator())
+    seen = take_views(image, views)
     same = (seen == image).flatten(1).all(1)
     assert torch.equal(same, ~views.changed) and 16 < views.changed.sum() < 48
     assert seen.abs().max() <= 1
-    again = data.random_views(64, 0.5, generator())
+    again = random_views(64, 0.5, generator())
     assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
-    assert not data.random_views(64, 0.0, generator()).changed.any()
+    assert not random_views(64, 0.0, generator()).changed.any()
 
 
 def test_what_a_view_does():
     image = smooth_pictures(1)
-    assert torch.allclose(data.take_views(image, view()), image, atol=1e-5)
-    quarter = data.take_views(image, view(angle=np.pi / 2))
+    assert torch.allclose(take_views(image, view()), image, atol=1e-5)
+    quarter = take_views(image, view(angle=np.pi / 2))
     assert torch.allclose(quarter, image.rot90(1, (2, 3)), atol=1e-4)
-    moved = data.take_views(image, view(move=2 * 4 / 32))    # four pixels of 32; the picture is 2 wide
+    moved = take_views(image, view(move=2 * 4 / 32))    # four pixels of 32; the picture is 2 wide
     assert torch.allclose(moved[..., :-4], image[..., 4:], atol=1e-5)
     mean = image.mean((1, 2, 3))
-    assert torch.allclose(data.take_views(image, view(colour=(0.1, 1.0, 1.0))), image + 0.1, atol=1e-5)
-    assert torch.allclose(data.take_views(image, view(colour=(0.0, 0.5, 1.0))).mean((1, 2, 3)), mean, atol=1e-5)
-    gray = data.take_views(image, view(colour=(0.0, 1.0, 0.0)))
+    assert torch.allclose(take_views(image, view(colour=(0.1, 1.0, 1.0))), image + 0.1, atol=1e-5)
+    assert torch.allclose(take_views(image, view(colour=(0.0, 0.5, 1.0))).mean((1, 2, 3)), mean, atol=1e-5)
+    gray = take_views(image, view(colour=(0.0, 1.0, 0.0)))
     assert torch.allclose(gray, image.mean(1, keepdim=True).expand_as(image), atol=1e-5)
 
 
 def test_views_stay_within_their_limits():
-    views = data.random_views(1000, 1.0, generator())
+    views = random_views(1000, 1.0, generator())
     size = torch.linalg.det(views.place[:, :, :2]).sqrt()    # of the part that is seen
-    assert 1 / data.ZOOM[1] - 1e-4 < size.min() < size.max() < 1 / data.ZOOM[0] + 1e-4
+    assert 1 / ZOOM[1] - 1e-4 < size.min() < size.max() < 1 / ZOOM[0] + 1e-4
     turn = torch.rad2deg(torch.atan2(views.place[:, 1, 0], views.place[:, 0, 0]))
-    assert 0.9 * data.MAX_TURN < turn.abs().max() <= data.MAX_TURN + 1e-3
-    assert 0.9 < views.place[:, :, 2].abs().max() / (2 * data.MAX_MOVE) <= 1
+    assert 0.9 * MAX_TURN < turn.abs().max() <= MAX_TURN + 1e-3
+    assert 0.9 < views.place[:, :, 2].abs().max() / (2 * MAX_MOVE) <= 1
     unchanged = torch.tensor([0.0, 1.0, 1.0])
-    assert ((views.colour - unchanged).abs() <= torch.tensor(data.COLOUR) + 1e-6).all()
+    assert ((views.colour - unchanged).abs() <= torch.tensor(COLOUR) + 1e-6).all()

@@ -1,5 +1,4 @@
 """What demo.py does behind the page: reading, placing, painting, completing, texts. The page itself: tests/browser."""
-
 import argparse
 import asyncio
 import base64
@@ -16,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
-import demo
-import utils
-from data import DataError
+from demo import page as demo
 from models import MaskGIT
+from utils import UserError, load_config
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.yml"
 MAX_PIXELS = 1_000_000
@@ -27,7 +25,7 @@ MAX_PIXELS = 1_000_000
 
 @pytest.fixture(scope="module")
 def model() -> MaskGIT:
-    config = utils.load_config(TINY)
+    config = load_config(TINY)
     torch.manual_seed(0)
     return MaskGIT(config["vqgan"], config["transformer"]).eval()
 
@@ -123,7 +121,7 @@ def test_refused_files_are_named_without_the_server_s_path(tmp_path):
         ("small.png", "small.png has 100x15 pixels; at least 16x16 are needed"),
         ("none.png", "none.png is not a picture that can be read"),
     ):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             demo.open_picture(str(tmp_path / name), MAX_PIXELS)
         assert sentence in str(error.value) and str(tmp_path) not in str(error.value)
 
@@ -132,7 +130,7 @@ def test_refused_files_are_named_without_the_server_s_path(tmp_path):
 def test_pillow_s_own_guard_gets_a_sentence_too(tmp_path, monkeypatch):
     path = saved(tmp_path, "bomb.png", Image.new("1", (300, 300)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(DataError, match="bomb.png has far more pixels than the 1,000,000 allowed"):
+    with pytest.raises(UserError, match="bomb.png has far more pixels than the 1,000,000 allowed"):
         demo.open_picture(path, MAX_PIXELS)
 
 
@@ -163,7 +161,7 @@ def test_a_soft_mask_is_cut_and_said_so(tmp_path):
 
 def test_a_mask_of_another_size_is_refused(tmp_path):
     path = saved(tmp_path, "mask.png", Image.new("L", (30, 40)))
-    with pytest.raises(DataError, match="the mask mask.png has 30x40 pixels, the picture 60x40; they must agree"):
+    with pytest.raises(UserError, match="the mask mask.png has 30x40 pixels, the picture 60x40; they must agree"):
         demo.open_mask(path, picture(40, 60), "black", MAX_PIXELS)
 
 
@@ -347,13 +345,13 @@ def namespace(**changes) -> argparse.Namespace:
 )
 def test_flags_that_cannot_work_are_refused(monkeypatch, changes, sentence):
     monkeypatch.setattr(demo, "gr", object())
-    with pytest.raises(utils.UserError, match=re.escape(sentence)):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         demo.check_args(namespace(**changes))
 
 
 def test_without_gradio_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(demo, "gr", None)
-    with pytest.raises(utils.UserError, match="needs the package gradio; .*: pip install -r requirements-demo.txt"):
+    with pytest.raises(UserError, match="needs the package gradio; .*: pip install -r requirements-demo.txt"):
         demo.main([])
 
 
@@ -368,7 +366,7 @@ def test_another_host_than_loopback_is_explained(monkeypatch, capsys, host):
 
 def test_a_missing_checkpoint_is_one_sentence(monkeypatch):
     monkeypatch.setattr(demo, "gr", object())
-    with pytest.raises(utils.UserError, match="nowhere.safetensors not found"):
+    with pytest.raises(UserError, match="nowhere.safetensors not found"):
         demo.main(["--checkpoint", "nowhere.safetensors"])
 
 

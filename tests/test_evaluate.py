@@ -1,5 +1,4 @@
 """evaluate.py with metrics.py and features.py: closed forms, parity with pytorch-fid, folders, refusals."""
-
 import hashlib
 import json
 import math
@@ -14,10 +13,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-import data
 import evaluate
-from features import Features, Statistics, load_features
-from metrics import (
+from evaluation.features import Features, Statistics, load_features
+from evaluation.metrics import (
     HOLE_BINS,
     Moments,
     frechet_distance,
@@ -28,6 +26,8 @@ from metrics import (
     rim_gradient,
     summarise,
 )
+from pictures.files import find_images
+from pictures.images import read_image, read_mask, write_image
 from utils import UserError, run_cli
 
 N, SIDE = 6, 24    # pictures of the small folders, and their height and width
@@ -337,7 +337,7 @@ def test_inception_features_are_pytorch_fids(inception, inception_file, tmp_path
     monkeypatch.setattr("pytorch_fid.inception.load_state_dict_from_url", lambda *_, **__: torch.load(inception_file))
     images = random_images(2)
     for i, image in enumerate(images):
-        data.write_image(tmp_path / f"{i}.png", image)
+        write_image(tmp_path / f"{i}.png", image)
     files = sorted(tmp_path.iterdir())
     theirs = fid_score.get_activations(files, fid_score.InceptionV3([3]), batch_size=2, num_workers=0)
     ours = inception(images)
@@ -460,8 +460,8 @@ def test_onnx_files_that_do_not_fit_are_refused(tmp_path, monkeypatch):
 def test_real_mobilenet_tells_noise_from_cats(shared):
     network = load_features(shared / "weights" / "mobilenet_v1_075_pool.onnx", name="MobileNetV1")
     assert network.dims == 768 and network.frechet_name == "FD-MobileNetV1"
-    files = list(data.find_images(shared / "data" / "catface64" / "test" / "image").values())[:40]
-    cats = torch.stack([data.read_image(path) for path in files])
+    files = list(find_images(shared / "data" / "catface64" / "test" / "image").values())[:40]
+    cats = torch.stack([read_image(path) for path in files])
     some, others, noise = network(cats[::2]), network(cats[1::2]), network(random_images(20, side=64))
     assert frechet_distance(some, others) < frechet_distance(some, noise)
 
@@ -479,7 +479,7 @@ def folders(tmp_path) -> Path:
     for i in range(N):
         for folder, image in (("pred", pred[i]), ("truth", truth[i]), ("masks", (~masks[i] * 255).expand(3, -1, -1))):
             (tmp_path / folder).mkdir(exist_ok=True)
-            data.write_image(tmp_path / folder / f"cat_{i}.png", image.to(torch.uint8))
+            write_image(tmp_path / folder / f"cat_{i}.png", image.to(torch.uint8))
     return tmp_path
 
 
@@ -497,11 +497,11 @@ def scores(argv: list[str], folders: Path) -> dict:
 
 
 def stacked(folder: Path) -> Tensor:
-    return torch.stack([data.read_image(path) for path in data.find_images(folder).values()])
+    return torch.stack([read_image(path) for path in find_images(folder).values()])
 
 
 def read_holes(folders: Path) -> Tensor:
-    return torch.stack([data.read_mask(path) for path in data.find_images(folders / "masks").values()])
+    return torch.stack([read_mask(path) for path in find_images(folders / "masks").values()])
 
 
 def test_the_program_reports_what_the_functions_give(folders, colour, capsys):
@@ -588,7 +588,7 @@ def test_statistics_too_large_to_keep_are_saved_as_moments(tmp_path, colour, mon
 
 
 def test_sets_of_different_pictures_are_refused_unless_asked_for(folders, colour):
-    data.write_image(folders / "pred" / "stale.png", random_images(1)[0])
+    write_image(folders / "pred" / "stale.png", random_images(1)[0])
     argv = flags(folders, "--features", colour)
     assert "1 picture(s)" in refused(argv) and "such as stale" in refused(argv)
     report = scores([*argv, "--unpaired"], folders)
@@ -600,11 +600,11 @@ def test_sets_of_different_pictures_are_refused_unless_asked_for(folders, colour
 
 def test_pictures_and_masks_of_other_sizes_are_refused_by_name(folders, colour):
     argv = flags(folders, "--features", colour, "--masks", folders / "masks")
-    data.write_image(folders / "masks" / "cat_2.png", torch.zeros(3, SIDE, SIDE + 1, dtype=torch.uint8))
+    write_image(folders / "masks" / "cat_2.png", torch.zeros(3, SIDE, SIDE + 1, dtype=torch.uint8))
     assert "cat_2.png is 25x24" in refused(argv)
     (folders / "masks" / "cat_2.png").unlink()
     assert "cat_2" in refused(argv)
-    data.write_image(folders / "truth" / "cat_1.png", torch.zeros(3, SIDE - 1, SIDE, dtype=torch.uint8))
+    write_image(folders / "truth" / "cat_1.png", torch.zeros(3, SIDE - 1, SIDE, dtype=torch.uint8))
     assert "truth/cat_1.png is 24x23, the pictures before it are 24x24" in refused(argv)
 
 

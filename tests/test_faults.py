@@ -1,5 +1,4 @@
 """Full disks, read-only folders, kills while saving, damaged and malicious files, NaN, bad pictures."""
-
 import contextlib
 import errno
 import io
@@ -30,11 +29,15 @@ from tiny_runs import (
     write_pictures,
 )
 
-import data
-import training
+import training.logger
 import training_transformer
 import training_vqgan
-import utils
+from pictures.images import read_image
+from pictures.shards import count_pictures, open_shards
+from training.checkpoints import find_resume, load_checkpoint, save_checkpoint
+from training.logger import Logger
+from training.loop import MAX_SKIPPED
+from utils import UserError
 
 STAGES = ("vqgan", "transformer")
 
@@ -125,13 +128,13 @@ def test_other_files_that_cannot_be_written(setting, tmp_path, file):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         if file == "metrics.jsonl":
-            real = utils.Logger.log
+            real = Logger.log
 
             def log(*args, **values):
-                utils.open = fail
+                training.logger.open = fail
                 real(*args, **values)
 
-            utils.Logger.log = log
+            Logger.log = log
         elif file == "samples":
             training_transformer.save_image = fail
         else:
@@ -156,7 +159,7 @@ def run_elsewhere(stage: str, argv: list[str], folder: Path) -> tuple[int, str]:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
         try:
             {"vqgan": training_vqgan}[stage].main(argv)
-        except utils.UserError as error:
+        except UserError as error:
             os.write(2, str(error).encode())
             os._exit(2)
         finally:
@@ -239,7 +242,7 @@ def saved(value) -> bytes:
 def test_damaged_and_foreign_checkpoints_are_refused(whole, setting, tmp_path, flag):
     stage, folder = whole
     good = (folder / "last.pt").read_bytes() if flag == "--resume" else setting.vqgan.read_bytes()
-    state = utils.load_checkpoint(folder / "last.pt", training_vqgan.KIND) if stage == "vqgan" else None
+    state = load_checkpoint(folder / "last.pt", training_vqgan.KIND) if stage == "vqgan" else None
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
     files = {
@@ -286,10 +289,10 @@ def test_resume_auto_falls_back_to_the_newest_good_one(whole, setting, tmp_path)
     assert_same_run(folder, tmp_path / "a", stage)
     # Of previous.pt and best.pt the newer one counts, whichever it is.
     for step in (5, 7):
-        utils.save_checkpoint(previous, state | {"step": 6})
-        utils.save_checkpoint(best, state | {"step": step})
+        save_checkpoint(previous, state | {"step": 6})
+        save_checkpoint(best, state | {"step": step})
         last.write_bytes(b"")
-        assert utils.find_resume(tmp_path / "a", "auto", training_module(stage).KIND)["step"] == max(6, step)
+        assert find_resume(tmp_path / "a", "auto", training_module(stage).KIND)["step"] == max(6, step)
 
 
 def test_fuzzed_checkpoints_load_or_are_refused(setting, tmp_path):
@@ -304,7 +307,7 @@ def test_fuzzed_checkpoints_load_or_are_refused(setting, tmp_path):
         if rng.random() < 0.2:
             del content[rng.randrange(len(content)) :]
         path.write_bytes(seal(bytes(content)) if i % 2 else bytes(content) + setting.vqgan.read_bytes()[-40:])
-        with contextlib.suppress(utils.UserError):
+        with contextlib.suppress(UserError):
             training_transformer.load_vqgan(str(path))
             loaded += 1
     assert loaded < 150    # those whose numbers changed, nothing else
@@ -394,7 +397,7 @@ def test_skips_are_bounded(setting, tmp_path):
     always = dict.fromkeys(range(100), "gradient")
     argv = setting.argv("transformer", tmp_path / "a", "--on-nan", "skip")
     child = run("transformer", argv, poison(always, "transformer"))
-    refused(child, f"gradient norm of step {training.MAX_SKIPPED}", f"{training.MAX_SKIPPED} steps were left out before")
+    refused(child, f"gradient norm of step {MAX_SKIPPED}", f"{MAX_SKIPPED} steps were left out before")
 
 
 # ---- pictures ----
@@ -477,9 +480,9 @@ def test_fuzzed_pictures_are_read_or_refused(kind, tmp_path):
             del content[rng.randrange(len(content)) :]
         path.write_bytes(content)
         try:
-            image = data.read_image(path)
+            image = read_image(path)
             assert image.ndim == 3 and image.shape[0] == 3
-        except data.DataError as error:
+        except UserError as error:
             assert path.name in str(error)
 
 
@@ -499,8 +502,8 @@ def test_fuzzed_shards_are_read_or_refused(tmp_path):
         if rng.random() < 0.3:
             del content[rng.randrange(len(content)) :]
         path.write_bytes(content)
-        with contextlib.suppress(data.DataError, utils.UserError):
-            training.count_pictures(str(path))
-        with contextlib.suppress(data.DataError):
-            for image in data.open_shards(str(path), 8, seed=None, bad_images="skip"):
+        with contextlib.suppress(UserError, UserError):
+            count_pictures(str(path))
+        with contextlib.suppress(UserError):
+            for image in open_shards(str(path), 8, seed=None, bad_images="skip"):
                 assert image.shape == (3, 8, 8)

@@ -1,5 +1,4 @@
 """The steps after stage 2: finish the decoder, put the parts into one file, make pictures from nothing."""
-
 import contextlib
 import copy
 import json
@@ -11,15 +10,19 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import export
-import generate
-import training
 import training_finish
 import training_transformer
 import training_vqgan
-import utils
-from data import read_image, read_mask, write_image
 from models.maskgit import MaskGIT
+from pictures.images import read_image, read_mask, write_image
+from tools import export, generate
+from training.checkpoints import load_checkpoint
+from training.options import load_sections, with_flags
+from training.pictures_by_step import FolderPictures
+from training.processes import start_accelerator
+from training.stopping import NotFinite
+from training.weights import tokenizer_difference
+from utils import UserError, build_config
 
 # Of the decoder's loss, without a second network; each is also the name of its weight.
 TERMS = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "adversarial", "feature_adversarial", "seam",
@@ -57,7 +60,7 @@ def run(script, *argv) -> None:
 
 
 def refused(script, *argv) -> str:
-    with pytest.raises(utils.UserError) as error:
+    with pytest.raises(UserError) as error:
         script.main([str(a) for a in argv])
     return str(error.value)
 
@@ -83,7 +86,7 @@ def finish(runs, output, *more) -> dict:
     argv += ["--vqgan", runs / "vqgan/last.pt", "--model", runs / "maskgit/maskgit.safetensors", "--device", "cpu"]
     argv += ["--perceptual-weights", runs / "features.safetensors", "--epochs", "4", "--output-dir", output]
     run(training_finish, *argv, *more)
-    return utils.load_checkpoint(output / "last.pt", training_finish.KIND)
+    return load_checkpoint(output / "last.pt", training_finish.KIND)
 
 
 def second(runs) -> list:
@@ -102,7 +105,7 @@ def test_the_finish_resumes_where_it_stopped(runs, tmp_path):
     assert whole["ema"]["stages.2.2.layers.3.weight"].abs().max() > 0    # it began at zero
     assert MaskGIT.from_file(tmp_path / "whole/maskgit.safetensors").vqgan.config.decoder_blocks == [2, 1, 3]
     previous = tmp_path / "whole/previous.pt"    # written every 2 steps: the state after step 2 of 4
-    assert utils.load_checkpoint(previous, training_finish.KIND)["step"] == 2
+    assert load_checkpoint(previous, training_finish.KIND)["step"] == 2
     again = finish(runs, tmp_path / "again", "--resume", previous, *reused)
     for part in ("decoder", "ema", "discriminator"):
         assert all(torch.equal(whole[part][name], again[part][name]) for name in whole[part])
@@ -221,9 +224,9 @@ def built_run(runs, output, device: str, *more) -> training_finish.Run:
     argv += ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
     argv += ["--device", device, "--output-dir", output, *second(runs), *more]
     args = training_finish.parse_args([str(x) for x in argv])
-    section = utils.with_flags(training.load_sections(args)["train_finish"], args)
-    config = utils.build_config(training_finish.FinishConfig, section, "train_finish")
-    return training_finish.build_run(args, config, training.start(device, config.precision))
+    section = with_flags(load_sections(args)["train_finish"], args)
+    config = build_config(training_finish.FinishConfig, section, "train_finish")
+    return training_finish.build_run(args, config, start_accelerator(device, config.precision))
 
 
 class Reading(TorchDispatchMode):
@@ -272,7 +275,7 @@ def test_a_captured_step_is_the_step(runs, tmp_path, new_accelerator):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_only_pictures_with_true_tokens_may_be_wholly_unknown(share):
     config = training_finish.FinishConfig(batch_size=8, sampled_share=0.5, plain_share=share)
-    pictures = training.FolderPictures(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), 8, seed=0, rank=0, processes=1)
+    pictures = FolderPictures(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), 8, seed=0, rank=0, processes=1)
     run = SimpleNamespace(
         config=config, pictures=pictures, accelerator=SimpleNamespace(process_index=0, num_processes=1)
     )
@@ -291,9 +294,9 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
         return real(*args) * (float("nan") if len(calls) in (5, 6) else 1)    # true and sampled ones of step 2
 
     monkeypatch.setattr(training_finish, "hole_l1", breaks)
-    with pytest.raises(utils.NotFinite, match="l1 of step 2 is nan"):
+    with pytest.raises(NotFinite, match="l1 of step 2 is nan"):
         finish(runs, tmp_path / "stopped")
-    saved = utils.load_checkpoint(tmp_path / "stopped/last.pt", training_finish.KIND)
+    saved = load_checkpoint(tmp_path / "stopped/last.pt", training_finish.KIND)
     calls.clear()
     whole = finish(runs, tmp_path / "skipped", "--on-nan", "skip")
     assert whole["skipped"] == 1
@@ -323,18 +326,18 @@ def test_a_step_of_the_finish_that_is_not_finite_changes_nothing(runs, tmp_path,
     (["--set", "train_finish.decoder_blocks=[]"], r"decoder_blocks must be \[1, 1, 1\] or more .* got \[\]"),
 ])
 def test_the_finish_refuses_in_a_sentence(runs, tmp_path, flags, word):
-    with pytest.raises(utils.UserError, match=word):
+    with pytest.raises(UserError, match=word):
         finish(runs, tmp_path / "out", *flags)
 
 
 def test_what_does_not_fit_is_told_before_pictures_are_read(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "open_pictures", lambda *args: pytest.fail("pictures were read"))
-    with pytest.raises(utils.UserError, match="another size"):
+    monkeypatch.setattr(training_finish, "open_pictures", lambda *args: pytest.fail("pictures were read"))
+    with pytest.raises(UserError, match="another size"):
         finish(runs, tmp_path / "out", "--set", "train_finish.discriminator_channels=8")
 
 
 def test_the_finish_does_not_write_over_a_run(runs):
-    with pytest.raises(utils.UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"):
         finish(runs, runs / "finish")
 
 
@@ -356,7 +359,7 @@ def test_a_finished_model_is_finished_further(runs, tmp_path):
     model = go_on(runs, training_finish, tmp_path / "out", "train_finish", *argv)
     assert equal_in_half(model.state_dict(), MaskGIT.from_file(runs / "finish/maskgit.safetensors").state_dict())
     word = "train_finish.context is false, and the decoder of .* takes the transformer's features"
-    with pytest.raises(utils.UserError, match=word):
+    with pytest.raises(UserError, match=word):
         go_on(runs, training_finish, tmp_path / "plain", "train_finish", *argv, "--set", "train_finish.context=false")
 
 
@@ -374,12 +377,12 @@ def test_a_deeper_decoder_begins_as_the_one_it_was(runs):
 
 def test_the_finish_goes_on_with_the_discriminators_of_another(runs, tmp_path, new_accelerator):
     """Those of the first finish, not those that a new run begins with."""
-    before = utils.load_checkpoint(runs / "finish/last.pt", training_finish.KIND)
+    before = load_checkpoint(runs / "finish/last.pt", training_finish.KIND)
     argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
     argv += ["--discriminators", runs / "finish/last.pt"]
     slow = ["--set", "train_finish.discriminator_rate=1e-12", "--set", "train_finish.feature_discriminator_rate=1e-12"]
     go_on(runs, training_finish, tmp_path / "out", "train_finish", *argv, *slow)
-    after = utils.load_checkpoint(tmp_path / "out/last.pt", training_finish.KIND)
+    after = load_checkpoint(tmp_path / "out/last.pt", training_finish.KIND)
     for part in ("discriminator", "feature_discriminator"):
         weights = {n: x for n, x in before[part].items() if not n.endswith(("_u", "_v"))}    # the norms' vectors turn on
         assert all(torch.allclose(after[part][name], value, atol=1e-6) for name, value in weights.items())
@@ -388,7 +391,7 @@ def test_the_finish_goes_on_with_the_discriminators_of_another(runs, tmp_path, n
 def test_given_stage_1_the_finish_of_a_finished_model_begins_anew(runs, tmp_path):
     argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
     model = go_on(runs, training_finish, tmp_path / "out", "train_finish", *argv, "--vqgan", runs / "vqgan/last.pt")
-    stage1 = utils.load_checkpoint(runs / "vqgan/last.pt", training_vqgan.KIND)["ema"]
+    stage1 = load_checkpoint(runs / "vqgan/last.pt", training_vqgan.KIND)["ema"]
     assert equal_in_half({n: x for n, x in model.vqgan.state_dict().items() if "from_context" not in n}, stage1)
     assert model.vqgan.decoder.from_context.weight.abs().max() < 1e-6    # zero but for the tiny steps
 
@@ -407,7 +410,7 @@ def test_stage_2_refuses_to_go_on_from_what_does_not_fit(runs, tmp_path):
     finished = ["--vqgan", runs / "finish/maskgit.safetensors", "--init"]
 
     def told(*argv) -> str:
-        with pytest.raises(utils.UserError) as error:
+        with pytest.raises(UserError) as error:
             go_on(runs, training_transformer, tmp_path / "out", "train_transformer", *finished, *argv)
         assert not (tmp_path / "out/last.pt").exists()
         return str(error.value)
@@ -422,7 +425,7 @@ def test_export_takes_the_transformer_of_one_and_the_decoder_of_the_other(runs, 
     argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
     run(export, *argv, "--output", tmp_path / "model.safetensors", "--note", "seed=0")
     model = MaskGIT.from_file(tmp_path / "model.safetensors")
-    ema = utils.load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
+    ema = load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
     finished = MaskGIT.from_file(runs / "finish/maskgit.safetensors").vqgan.state_dict()
     for name, value in model.transformer.state_dict().items():
         assert torch.equal(value.half(), ema[name].half())
@@ -460,7 +463,7 @@ def test_export_averages_two_transformers(runs, tmp_path):
     other.save_file(tmp_path / "other.safetensors")
     argv = ["--transformer", runs / "maskgit/last.pt", "--output", tmp_path / "model.safetensors"]
     run(export, *argv, "--average", tmp_path / "other.safetensors")
-    ema = utils.load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
+    ema = load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
     theirs = MaskGIT.from_file(tmp_path / "other.safetensors").transformer.state_dict()
     for name, value in MaskGIT.from_file(tmp_path / "model.safetensors").transformer.state_dict().items():
         assert torch.equal(value.half(), ((ema[name] + theirs[name]) / 2).half())
@@ -494,7 +497,7 @@ def test_export_in_eight_bits_keeps_the_tokens(runs, tmp_path):
     run(export, *argv, "--output", tmp_path / "small.safetensors", "--eight-bit")
     half, small = (MaskGIT.from_file(tmp_path / f"{name}.safetensors").vqgan.state_dict() for name in ("half", "small"))
     assert (tmp_path / "small.safetensors").stat().st_size < (tmp_path / "half.safetensors").stat().st_size
-    assert training.other_tokens(small, half) is None
+    assert tokenizer_difference(small, half) is None
     differing = [name for name in half if not torch.equal(half[name], small[name])]
     assert differing and all(name.startswith("decoder.") for name in differing)
     # Such a file serves where another one does: here the decoder of an 8-bit file, written in 8 bits again.

@@ -1,5 +1,4 @@
 """The Python call: `MaskGIT.from_pretrained(...).inpaint(image, mask)`, and models saved and loaded offline."""
-
 import socket
 from pathlib import Path
 
@@ -8,16 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-import utils
 from models import MaskGIT
 from models.pictures import to_mask
+from utils import load_config
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.yml"
 
 
 @pytest.fixture(scope="module")
 def model() -> MaskGIT:
-    config = utils.load_config(TINY)
+    config = load_config(TINY)
     torch.manual_seed(0)
     return MaskGIT(config["vqgan"], config["transformer"]).eval()
 

@@ -1,5 +1,4 @@
 """inpainting.py as people run it: files in, files out, and every refusal."""
-
 import os
 
 import numpy as np
@@ -8,11 +7,11 @@ import torch
 from PIL import Image
 
 import inpainting
-import utils
-from data import read_image, read_mask, write_image
 from models.maskgit import MaskGIT
 from models.transformer import Block, TransformerConfig
 from models.vqgan import VQGANConfig
+from pictures.images import read_image, read_mask, write_image
+from utils import run_cli
 
 SIZE = 16
 
@@ -64,7 +63,7 @@ def run(checkpoint, folders, *flags: str, out: str = "out") -> dict[str, torch.T
 def exit_code(argv: list, capsys) -> tuple[int, str]:
     """Exit code and stderr of the script, run as the command line does."""
     with pytest.raises(SystemExit) as stopped:
-        utils.run_cli(lambda: inpainting.main([str(a) for a in argv]))
+        run_cli(lambda: inpainting.main([str(a) for a in argv]))
     return stopped.value.code, capsys.readouterr().err
 
 
@@ -305,5 +304,5 @@ def test_every_kind_of_picture_is_taken(checkpoint, tmp_path, mode):
 def test_interrupt_has_its_exit_code(capsys, monkeypatch):
     monkeypatch.setattr(inpainting, "main", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as stopped:
-        utils.run_cli(inpainting.main)
+        run_cli(inpainting.main)
     assert stopped.value.code == 130 and "interrupted" in capsys.readouterr().err

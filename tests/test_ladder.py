@@ -1,5 +1,4 @@
 """ladder.py: every rung is made by the command that is told, and scored as evaluate.py scores it."""
-
 import csv
 import importlib
 import json
@@ -11,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import evaluate
-import ladder
-from features import Features
+from evaluation.features import Features
 from models import MaskGIT
+from pictures.images import write_image
+from tools import ladder
 
 SIDE, COUNT = 16, 5
 
@@ -54,8 +53,8 @@ def folder(tmp_path_factory) -> Path:
         image = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4) * 255, size=SIDE, mode="bilinear")[0]
         hole = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
         hole[:, 3 : 7 + i, 5:12] = True
-        data.write_image(root / "originals" / f"p{i}.png", image.byte())
-        data.write_image(root / "masks" / f"p{i}.png", torch.where(hole, 0, 255).byte().expand(3, -1, -1))
+        write_image(root / "originals" / f"p{i}.png", image.byte())
+        write_image(root / "masks" / f"p{i}.png", torch.where(hole, 0, 255).byte().expand(3, -1, -1))
     return root
 
 
@@ -176,10 +175,10 @@ def test_what_cannot_work_is_refused_before_the_first_rung(folder, flags, words)
 
 def test_pictures_of_two_sizes_are_refused(folder, tmp_path):
     for name, side in (("a", 16), ("b", 20)):
-        data.write_image(tmp_path / "originals" / f"{name}.png", torch.zeros(3, side, side, dtype=torch.uint8))
+        write_image(tmp_path / "originals" / f"{name}.png", torch.zeros(3, side, side, dtype=torch.uint8))
         mask = torch.full((3, side, side), 255, dtype=torch.uint8)
         mask[:, :4] = 0
-        data.write_image(tmp_path / "masks" / f"{name}.png", mask)
+        write_image(tmp_path / "masks" / f"{name}.png", mask)
     argv = arguments(tmp_path, tmp_path / "out", "--checkpoint", folder / "model.safetensors")
     with pytest.raises(ladder.UserError, match="b.png is not of the size of .*a.png"):
         ladder.main(argv, run=in_process)

@@ -1,14 +1,13 @@
 """Both stages together: masks, the transformer's two inputs, the frozen VQGAN, what training hides."""
-
 import pytest
 import torch
 
-from data import random_holes
 from models.decoding import places
 from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
-from training import rounded_places
+from pictures.holes import random_holes
+from training.speed import padded_positions
 from training_transformer import TrainTransformerConfig, draw_masks
 
 
@@ -106,7 +105,7 @@ def test_a_compiled_loss_is_the_same_and_traced_once(traced):
 def test_a_round_number_of_places_holds_all_that_is_masked_and_nothing_twice(masked_count):
     masked = torch.zeros(2, 16, dtype=torch.bool)
     masked.view(-1)[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:masked_count]] = True
-    rounded = rounded_places(masked)
+    rounded = padded_positions(masked)
     assert len(rounded) == masked_count + masked_count % 2 and len(rounded.unique()) == len(rounded)
     assert torch.equal(rounded[:masked_count], places(masked)) and masked.flatten()[places(masked)].all()
 
@@ -115,7 +114,7 @@ def test_places_that_are_not_masked_cost_nothing():
     model = tiny().train()
     tokens, masked, pixels = torch.randint(0, 32, (3, 16)), torch.arange(48).view(3, 16) < 31, torch.rand(3, 16, 64)
     losses = model(tokens, masked, pixels)
-    padded = model(tokens, masked, pixels, wanted=rounded_places(masked))
+    padded = model(tokens, masked, pixels, wanted=padded_positions(masked))
     assert len(padded) == 33 > len(losses) == 31
     assert torch.equal(padded[len(losses) :], torch.zeros(len(padded) - len(losses)))
     torch.testing.assert_close(padded[: len(losses)], losses)

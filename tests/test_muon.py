@@ -1,12 +1,11 @@
 """Muon: what orthogonalising keeps and changes, the size of a step, and AdamW for the rest."""
-
 import copy
 
 import pytest
 import torch
 from torch import nn
 
-from muon import Muon, orthogonalize
+from training.muon import Muon, orthogonalize
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

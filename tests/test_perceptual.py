@@ -1,5 +1,4 @@
 """models/perceptual.py: features as the libraries' networks give them, distances in closed form, files that don't fit."""
-
 import copy
 import sys
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 
-import data
 from models.perceptual import (
     TAPS,
     TYPICAL_STEP,
@@ -22,6 +20,7 @@ from models.perceptual import (
     perceptual_distance,
     seam_gap,
 )
+from pictures.images import read_image, to_float
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +236,7 @@ def test_real_weights_mind_a_blur_more_than_a_shade(shared):
     """What a mean square error can't tell: of two changes of the same size, the one that takes the texture away is worse."""
     features = PerceptualFeatures("squeezenet1_1", shared / "weights" / "squeezenet1_1_features.safetensors")
     files = sorted((shared / "data" / "catface64" / "test" / "image").iterdir())[:4]
-    image = torch.stack([data.to_float(data.read_image(file)) for file in files])
+    image = torch.stack([to_float(read_image(file)) for file in files])
     blurred = torchvision.transforms.functional.gaussian_blur(image, [9, 9])
     shaded = image - (blurred - image).pow(2).mean((1, 2, 3), keepdim=True).sqrt()
     original = features(image)

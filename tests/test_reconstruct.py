@@ -1,5 +1,4 @@
 """reconstruct.py: the true tokens of clean pictures, decoded with and without what is known."""
-
 from pathlib import Path
 
 import pytest
@@ -7,10 +6,10 @@ import torch
 from torch import Tensor
 
 import inpainting
-import reconstruct
-import utils
-from data import read_image, read_mask, to_float, to_uint8, write_image
+from evaluation import reconstruct
 from models import MaskGIT
+from pictures.images import read_image, read_mask, to_float, to_uint8, write_image
+from utils import seeded
 
 SIZE, COUNT = 16, 3
 
@@ -82,7 +81,7 @@ def test_only_the_tokens_of_the_hole_tell_it_from_a_completion(checkpoint, folde
     completed = run(inpainting, checkpoint, folders, "--seed", 3)
     images, holes = originals(folders)
     model = MaskGIT.from_file(checkpoint)
-    seeds = [utils.seeded(3, name, 0).initial_seed() for name in completed]
+    seeds = [seeded(3, name, 0).initial_seed() for name in completed]
     rounds = model.complete_tokens(model.known(to_float(images), holes), seeds, total_iter=10, choice_temperature=4.5)
     model.vqgan.encode = lambda _: rounds[-1].tokens
     decoded = to_uint8(reconstruct.reconstruct(model, list(images), list(holes), known=True))

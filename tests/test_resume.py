@@ -1,5 +1,4 @@
 """A run that was stopped or killed, and resumed, is the uninterrupted run, bit for bit."""
-
 import os
 import random
 import re
@@ -20,8 +19,7 @@ from tiny_runs import (
     wait_for_step,
 )  # fmt: skip
 
-import training
-import utils
+from training.checkpoints import Progress, load_checkpoint, save_checkpoint
 
 STAGES = ("vqgan", "transformer")
 
@@ -154,9 +152,9 @@ def test_other_pictures_are_no_continuation(setting, tmp_path):
 def test_another_vqgan_is_no_continuation(setting, tmp_path):
     argv = setting.argv("transformer", tmp_path / "a", "--token-cache", str(tmp_path / "t"))
     run("transformer", argv, kill_at(3))
-    state = utils.load_checkpoint(setting.vqgan, "vqgan-training")
+    state = load_checkpoint(setting.vqgan, "vqgan-training")
     state["ema"]["decoder.from_code.bias"] += 1    # same tokens, another decoder
-    utils.save_checkpoint(tmp_path / "other.pt", state)
+    save_checkpoint(tmp_path / "other.pt", state)
     argv[argv.index("--vqgan") + 1] = str(tmp_path / "other.pt")
     child = run("transformer", [*argv, "--resume", "auto"])
     assert child.code == 2 and "trained with another VQGAN than --vqgan gives" in child.errors[0]
@@ -182,7 +180,7 @@ def test_the_older_checkpoint_format_is_read(setting, tmp_path):
     succeed("vqgan", setting.argv("vqgan", tmp_path / "a", "--epochs", "1"))
     state = checkpoint(tmp_path / "a", "vqgan")
     del state["skipped"], state["pictures"]
-    utils.save_checkpoint(tmp_path / "a" / "last.pt", state)
+    save_checkpoint(tmp_path / "a" / "last.pt", state)
     succeed("vqgan", setting.argv("vqgan", tmp_path / "a", "--epochs", "1", "--resume", "auto"))
-    progress = training.Progress(pictures=24)
+    progress = Progress(pictures=24)
     assert progress.skipped == 0 and progress.step == 0

@@ -1,5 +1,4 @@
 """sweep.py and figures.py: one decode for all sweet spots, resuming, tables, figures, refusals."""
-
 import csv
 import math
 import statistics
@@ -11,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import figures
 import inpainting
-import sweep
-from features import Features
-from metrics import frechet_distance, paired_metrics, summarise
+from evaluation import figures
+from evaluation.features import Features
+from evaluation.metrics import frechet_distance, paired_metrics, summarise
 from models import MaskGIT
 from models.transformer import BidirectionalTransformer
+from pictures.folders import load_folder
+from pictures.images import read_image, read_mask, write_image
+from tools import sweep
 from utils import UserError
 
 COUNT, SIDE = 5, 32
@@ -50,9 +50,9 @@ def folder(tmp_path_factory) -> Path:
         image = torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
         hole = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
         hole[:, 4 : 14 + 2 * i, 6:25] = True
-        data.write_image(root / "originals" / f"p{i}.png", image)
-        data.write_image(root / "masked" / f"p{i}.png", image.masked_fill(hole, 128))
-        data.write_image(root / "masks" / f"p{i}.png", torch.where(hole, 0, 255).to(torch.uint8).expand(3, -1, -1).clone())
+        write_image(root / "originals" / f"p{i}.png", image)
+        write_image(root / "masked" / f"p{i}.png", image.masked_fill(hole, 128))
+        write_image(root / "masks" / f"p{i}.png", torch.where(hole, 0, 255).to(torch.uint8).expand(3, -1, -1).clone())
     return root
 
 
@@ -115,8 +115,8 @@ def test_scores_are_those_of_the_pictures_that_inpainting_writes(folder, tmp_pat
         "--checkpoint", str(folder / "model.safetensors"), "--images", str(folder / "masked"), "--seed", "7",
         "--masks", str(folder / "masks"), "--output", str(tmp_path), "--mask-func", "linear", "--sweet-spot", "3", *options,
     ])    # fmt: skip
-    pictures, truth = (data.load_folder(path, SIDE) for path in (tmp_path / "images", folder / "originals"))
-    masks = torch.stack([data.read_mask(folder / "masks" / f"p{i}.png") for i in range(COUNT)])
+    pictures, truth = (load_folder(path, SIDE) for path in (tmp_path / "images", folder / "originals"))
+    masks = torch.stack([read_mask(folder / "masks" / f"p{i}.png") for i in range(COUNT)])
     expected = frechet_distance(mean_colours(truth.float() / 255), mean_colours(pictures.float() / 255))
     assert float(row["FD-Colour"]) == pytest.approx(expected, rel=1e-4)
     columns = paired_metrics(pictures, truth, masks)
@@ -138,7 +138,7 @@ def test_holes_of_clean_pictures_are_drawn_and_blanked(folder):
     assert len(whole.stems) == COUNT and part.stems == whole.stems[:2]
     assert torch.equal(part.holes, whole.holes[:2])
     assert not whole.images.masked_select(whole.holes).any()
-    assert torch.equal(whole.truth, data.load_folder(folder / "originals", SIDE))
+    assert torch.equal(whole.truth, load_folder(folder / "originals", SIDE))
     assert torch.equal(whole.images.masked_fill(whole.holes, 0), whole.truth.masked_fill(whole.holes, 0))
     other = sweep.load_pictures(sweep.parse_args([*flags[:3], "4", *flags[4:]]), SIDE)
     assert not torch.equal(other.holes, whole.holes)
@@ -274,13 +274,13 @@ def test_pictures_that_do_not_fit_are_refused(folder, tmp_path):
     assert "--ground-truth has no use" in refused([*common, *drawn, "--ground-truth", masked])
     assert "blank in their holes" in refused([*common, "--images", masked, "--masks", masks])
     white = tmp_path / "white.png"
-    data.write_image(white, torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8))
+    write_image(white, torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8))
     assert "has a hole" in refused([*common, "--images", originals, "--masks", white])
     large = tmp_path / "large.png"
-    data.write_image(large, torch.zeros(3, 40, 48, dtype=torch.uint8))
+    write_image(large, torch.zeros(3, 40, 48, dtype=torch.uint8))
     message = refused([*common, "--images", originals, "--masks", large])
     assert "large.png is 48x40" in message and "32x32" in message
-    data.write_image(tmp_path / "truth" / "p0.png", torch.zeros(3, SIDE, SIDE, dtype=torch.uint8))
+    write_image(tmp_path / "truth" / "p0.png", torch.zeros(3, SIDE, SIDE, dtype=torch.uint8))
     message = refused([*common, "--images", masked, "--masks", masks, "--ground-truth", tmp_path / "truth"])
     assert "4 differ, e.g. p1" in message
 
@@ -332,9 +332,9 @@ def test_rounds_show_the_pictures_bit_for_bit(folder, tmp_path):
     sweep.main(arguments(folder, tmp_path, *SMALL[:-1], "--show", "p1"))
     image = np.asarray(Image.open(tmp_path / "rounds_4.png").convert("RGB"))
     left = image.shape[1] - 4 * (SIDE + 3)                           # 4 rounds and their gaps
-    original = data.read_image(folder / "originals" / "p1.png").permute(1, 2, 0).numpy()
+    original = read_image(folder / "originals" / "p1.png").permute(1, 2, 0).numpy()
     assert np.array_equal(picture_at(tmp_path / "rounds_4.png", 3, left, SIDE), original)
-    hole = data.read_mask(folder / "masks" / "p1.png")[0].numpy()
+    hole = read_mask(folder / "masks" / "p1.png")[0].numpy()
     rows = [3 + i * (SIDE + 3) for i in range(5)]                    # input, cosine, its masks, linear, its masks
     for y in (rows[1], rows[3]):
         for t in range(4):
@@ -355,7 +355,7 @@ def test_a_grid_pairs_pictures_by_name(folder, tmp_path):
     for i, name in enumerate(("originals", "masked")):
         for j, stem in enumerate(("p3", "p1")):
             drawn = picture_at(path, 3 + i * (2 * SIDE + 3), left + j * (2 * SIDE + 3), 2 * SIDE)
-            assert np.array_equal(drawn[::2, ::2], data.read_image(folder / name / f"{stem}.png").permute(1, 2, 0).numpy())
+            assert np.array_equal(drawn[::2, ::2], read_image(folder / name / f"{stem}.png").permute(1, 2, 0).numpy())
 
 
 def test_a_ladder_and_the_schedules_are_drawn(tmp_path):

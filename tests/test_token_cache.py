@@ -1,5 +1,4 @@
 """The token cache: holds what the encoder says, goes on after a kill, refuses what is stale, does not fill memory."""
-
 import io
 import json
 import os
@@ -24,10 +23,12 @@ from tiny_runs import (
     write_pictures,
 )
 
-import data
-import token_cache
 import training_transformer
-import utils
+from pictures.folders import load_folder, read_square
+from pictures.shards import open_shards
+from tools import dataset as dataset_tools
+from training import token_cache
+from training.checkpoints import load_checkpoint, save_checkpoint
 from utils import UserError
 
 SIZE, N = 16, 4
@@ -63,14 +64,14 @@ def build(folder, paths, pixels=True, bad_images="error", encode=encode, mirror=
 
 def write_shards(pictures, folder, shard_size=6) -> str:
     argv = ["shards", str(pictures), "--output", f"{folder}/s-%02d.tar", "--size", "16", "--shard-size", str(shard_size)]
-    assert data.main(argv) == 0
+    assert dataset_tools.main(argv) == 0
     return f"{folder}/s-{{00..03}}.tar"
 
 
 @pytest.mark.parametrize("pixels", [True, False])
 def test_rows_are_what_the_encoder_says(pictures, tmp_path, pixels):
     cache = build(tmp_path, [pictures], pixels)
-    images = data.load_folder(pictures, SIZE)
+    images = load_folder(pictures, SIZE)
     assert len(cache) == len(images) == 23
     chosen = torch.tensor([22, 0, 4, 5, 5, 21, 9])
     mirrored = torch.tensor([True, False, True, False, True, False, True])
@@ -85,7 +86,7 @@ def test_rows_are_what_the_encoder_says(pictures, tmp_path, pixels):
 @pytest.mark.parametrize("pixels", [True, False])
 def test_without_mirror_images(pictures, tmp_path, pixels):
     cache = build(tmp_path, [pictures], pixels, mirror=False)
-    images, chosen = data.load_folder(pictures, SIZE), torch.tensor([22, 0, 4, 5])
+    images, chosen = load_folder(pictures, SIZE), torch.tensor([22, 0, 4, 5])
     tokens, shown = cache.rows(chosen, torch.zeros(4, dtype=torch.bool))
     assert torch.equal(tokens, encode(images)[chosen])
     assert torch.equal(shown, images[chosen]) if pixels else shown is None
@@ -103,8 +104,8 @@ def test_several_folders_and_shards_line_up(pictures, tmp_path):
     shards = write_shards(pictures, tmp_path)
     cache = build(tmp_path / "cache", [other, shards])
     _, shown = cache.rows(torch.arange(len(cache)), torch.zeros(len(cache), dtype=torch.bool))
-    streamed = list(data.open_shards(shards, SIZE, seed=None))
-    assert torch.equal(shown, torch.cat([data.load_folder(other, SIZE), torch.stack(streamed)]))
+    streamed = list(open_shards(shards, SIZE, seed=None))
+    assert torch.equal(shown, torch.cat([load_folder(other, SIZE), torch.stack(streamed)]))
 
 
 def test_processes_share_the_work(pictures, tmp_path):
@@ -164,12 +165,12 @@ def test_bad_pictures(tmp_path, capsys):
     (folder / "003.png").write_bytes(b"no picture")
     for i in range(5, 10):
         (folder / f"{i:03d}.png").write_bytes(b"")    # a whole piece
-    with pytest.raises(data.DataError, match=r"003\.png"):
+    with pytest.raises(UserError, match=r"003\.png"):
         build(tmp_path / "a", [folder])
     cache = build(tmp_path / "b", [folder], bad_images="skip")
     assert len(cache) == 6 and "skipped 6 pictures" in capsys.readouterr().err
     tokens, shown = cache.rows(torch.arange(6), torch.zeros(6, dtype=torch.bool))
-    good = torch.stack([data.read_square(folder / f"{i:03d}.png", SIZE) for i in (0, 1, 2, 4, 10, 11)])
+    good = torch.stack([read_square(folder / f"{i:03d}.png", SIZE) for i in (0, 1, 2, 4, 10, 11)])
     assert torch.equal(shown, good) and torch.equal(tokens, encode(good))
 
 
@@ -241,9 +242,9 @@ def test_the_script_refuses_a_stale_cache(setting, tmp_path):
     assert sum(len(value) for name, value in before.items() if name.endswith(".u16")) == 24 * 2 * 16 * 2
     assert not (tmp_path / "a" / "tokens").exists()
     other = write_pictures(tmp_path / "other", 24, seed=5)
-    state = utils.load_checkpoint(setting.vqgan, "vqgan-training")
+    state = load_checkpoint(setting.vqgan, "vqgan-training")
     state["ema"]["codebook.embedding.weight"] = state["ema"]["codebook.embedding.weight"].flip(0)
-    utils.save_checkpoint(tmp_path / "other.pt", state)
+    save_checkpoint(tmp_path / "other.pt", state)
     another = setting.argv("transformer", tmp_path / "b", *flags)
     another[another.index("--vqgan") + 1] = str(tmp_path / "other.pt")
     for argv, reason in (
@@ -256,7 +257,7 @@ def test_the_script_refuses_a_stale_cache(setting, tmp_path):
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
     state["ema"]["codebook.embedding.weight"] = state["ema"]["codebook.embedding.weight"].flip(0)
     state["ema"]["decoder.from_code.bias"] += 1    # the decoder makes no tokens
-    utils.save_checkpoint(tmp_path / "other.pt", state)
+    save_checkpoint(tmp_path / "other.pt", state)
     argv = setting.argv("transformer", tmp_path / "c", *flags)
     argv[argv.index("--vqgan") + 1] = str(tmp_path / "other.pt")
     succeed("transformer", argv)

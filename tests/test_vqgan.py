@@ -1,15 +1,14 @@
 """models/vqgan.py, models/autoencoder.py, models/local_autoencoder.py: what each part may see, and that it sees it."""
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import random_holes
 from models.attention import count_parameters
 from models.autoencoder import Decoder, Downsample, Encoder, SpatialAttention, Upsample, group_norm
 from models.local_autoencoder import ChannelNorm, PixelMLP
 from models.vqgan import VQGAN, VQGANConfig
+from pictures.holes import random_holes
 
 REFERENCE = dict(encoder="reference", decoder="reference", codebook_dim=256, l2_normalize=False,
                  decoder_channels=[512, 256, 256, 128, 128])    # from the codes to the pixels

@@ -2,7 +2,6 @@
 
 A child is forked, not started anew: it has everything imported already, and what it breaks, it breaks for itself.
 """
-
 import contextlib
 import gc
 import json
@@ -13,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from torch import Tensor
 
-import training
+import training_finish
 import training_transformer
 import training_vqgan
-import utils
+from training.checkpoints import load_checkpoint, save_checkpoint
+from training.processes import local_gradients
+from utils import build_config, load_config, run_cli
 
 if not hasattr(os, "fork"):
     pytest.skip("these tests fork their trainings", allow_module_level=True)
@@ -99,11 +100,11 @@ def make_setting(root: Path) -> Setting:
     write_pictures(setting.train, 24)
     write_pictures(root / "val", 6, seed=1)
     setting.config.write_text(CONFIG)
-    c = utils.build_config(training_vqgan.VQGANConfig, utils.load_config(setting.config)["vqgan"], "vqgan")
+    c = build_config(training_vqgan.VQGANConfig, load_config(setting.config)["vqgan"], "vqgan")
     torch.manual_seed(0)
     weights = training_vqgan.VQGAN(c).state_dict()
-    state = {"kind": training_vqgan.KIND, "step": 0, "config": {"vqgan": utils.asdict(c)}, "ema": weights}
-    utils.save_checkpoint(setting.vqgan, state)
+    state = {"kind": training_vqgan.KIND, "step": 0, "config": {"vqgan": asdict(c)}, "ema": weights}
+    save_checkpoint(setting.vqgan, state)
     return setting
 
 
@@ -139,7 +140,7 @@ class Child:
                 training_vqgan.load_features = lambda *_: None    # no weights, no network
                 if before:
                     before()
-                utils.run_cli(lambda: SCRIPTS[stage].main(argv))
+                run_cli(lambda: SCRIPTS[stage].main(argv))
             except SystemExit as error:
                 code = error.code or 0
             except BaseException:
@@ -210,7 +211,7 @@ def kill_at(micro_batch: int) -> Callable[[], None]:
     """For `before`: SIGKILL when the process begins its n-th micro-batch, counted from 0."""
 
     def patch() -> None:
-        real, seen = training.local_gradients, iter(range(1 << 30))
+        real, seen = local_gradients, iter(range(1 << 30))
 
         @contextlib.contextmanager
         def counted(*args: Any) -> Iterator[None]:
@@ -219,7 +220,7 @@ def kill_at(micro_batch: int) -> Callable[[], None]:
             with real(*args):
                 yield
 
-        training.local_gradients = counted
+        training_transformer.local_gradients = training_vqgan.local_gradients = training_finish.local_gradients = counted
 
     return patch
 
@@ -242,7 +243,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def checkpoint(folder: Path, stage: str, name: str = "last.pt") -> dict:
-    return utils.load_checkpoint(folder / name, SCRIPTS[stage].KIND)
+    return load_checkpoint(folder / name, SCRIPTS[stage].KIND)
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

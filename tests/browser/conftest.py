@@ -1,5 +1,4 @@
 """A running demo with a tiny model, and a real headless Chromium to visit it. Skips with a reason where one is missing."""
-
 import io
 import os
 import re
@@ -17,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-import utils
 from models import MaskGIT
+from utils import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300    # seconds for whatever takes a moment; a busy machine takes longer
@@ -52,7 +51,7 @@ class Server:
 def server(tmp_path_factory) -> Iterator[Server]:
     pytest.importorskip("gradio", reason="needs gradio (requirements-demo.txt)")
     folder = tmp_path_factory.mktemp("demo")
-    config = utils.load_config(ROOT / "configs/tiny.yml")
+    config = load_config(ROOT / "configs/tiny.yml")
     torch.manual_seed(0)
     MaskGIT(config["vqgan"], config["transformer"]).save_file(folder / "tiny.safetensors")
     for name in ("images", "masks", "temporary"):
@@ -66,7 +65,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
         port = probe.getsockname()[1]
     with proxy() as (address, contacted):
         command = [
-            sys.executable, "demo.py", "--checkpoint", str(folder / "tiny.safetensors"), "--samples", str(folder),
+            sys.executable, "-m", "demo", "--checkpoint", str(folder / "tiny.safetensors"), "--samples", str(folder),
             "--device", "cpu", "--port", str(port), "--max-pixels", str(MAX_PIXELS), "--max-megabytes", str(MAX_MEGABYTES),
         ]    # fmt: skip
         environment = os.environ | {

@@ -103,7 +103,7 @@ def test_it_listens_to_this_computer_only(server):
 def test_a_port_in_use_is_one_sentence(server):
     flags = ["--checkpoint", str(server.folder / "tiny.safetensors"), "--port", str(server.port)]
     root = Path(__file__).resolve().parents[2]
-    run = subprocess.run([sys.executable, "demo.py", *flags], cwd=root, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-m", "demo", *flags], cwd=root, capture_output=True, text=True, timeout=300)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith(f"error: can't listen at 127.0.0.1:{server.port}: in use")
 

@@ -7,7 +7,6 @@ Needs gradio: pip install -r requirements-demo.txt. The page works without a net
 server, and nothing is reported to anyone. The model sees a square of the picture, which the user places; what lies outside
 the square and outside the hole comes back bit for bit.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -34,13 +33,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import utils
-from data import DataError, find_images, open_rgb, read_mask
 from models import MaskGIT
 from models.decoding import DECODERS, Round, iterative_decode
 from models.maskgit import pixel_to_token_mask
 from models.pictures import View
 from models.schedule import SCHEDULES
+from pictures.files import find_images
+from pictures.images import open_rgb, read_mask
+from utils import Parser, UserError, pick_device, run_cli
 
 try:
     import gradio as gr
@@ -49,7 +49,7 @@ try:
 except ImportError:    # only the page needs it; `main` says how to get it
     gr, ClientDisconnect = None, ConnectionError
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 DEFAULTS = {name: p.default for name, p in inspect.signature(iterative_decode).parameters.items()}
 MAX_SAMPLES = 8
 MAX_ROUNDS = 30
@@ -97,7 +97,7 @@ def open_picture(path: str, max_pixels: int) -> tuple[Picture, list[str]]:
     pixels = np.asarray(open_rgb(path, name))
     height, width = pixels.shape[:2]
     if min(height, width) < MIN_SIDE:
-        raise DataError(f"{name} has {width}x{height} pixels; at least {MIN_SIDE}x{MIN_SIDE} are needed")
+        raise UserError(f"{name} has {width}x{height} pixels; at least {MIN_SIDE}x{MIN_SIDE} are needed")
     side = min(height, width)
     stem = re.sub(r"[^\w-]+", "_", Path(path).stem)[:60] or "picture"
     return Picture(pixels, stem, ((width - side) // 2, (height - side) // 2, side)), notes
@@ -110,11 +110,11 @@ def check_file(path: str, name: str, max_pixels: int) -> list[str]:
             width, height = image.size
             mode, frames, alpha = image.mode, getattr(image, "n_frames", 1), image.has_transparency_data
     except Image.DecompressionBombError:
-        raise DataError(f"{name} has far more pixels than the {max_pixels:,} allowed") from None
+        raise UserError(f"{name} has far more pixels than the {max_pixels:,} allowed") from None
     except Exception as error:    # a broken file makes decoders raise anything
-        raise DataError(f"{name} is not a picture that can be read; use PNG, JPEG or WebP") from error
+        raise UserError(f"{name} is not a picture that can be read; use PNG, JPEG or WebP") from error
     if width * height > max_pixels:
-        raise DataError(f"{name} has {width}x{height} pixels, more than the {max_pixels:,} allowed; make it smaller")
+        raise UserError(f"{name} has {width}x{height} pixels, more than the {max_pixels:,} allowed; make it smaller")
     notes = []
     if frames > 1:
         notes.append(f"It has {frames} frames; the first one is used.")
@@ -134,7 +134,7 @@ def open_mask(path: str, picture: Picture, hole_colour: str, max_pixels: int) ->
     height, width = picture.pixels.shape[:2]
     if hole.shape != (height, width):
         size = f"{hole.shape[1]}x{hole.shape[0]} pixels, the picture {width}x{height}"
-        raise DataError(f"the mask {name} has {size}; they must agree")
+        raise UserError(f"the mask {name} has {size}; they must agree")
     left, top, side = picture.box
     inside = hole[top : top + side, left : left + side]
     notes = [f"Its {hole_colour} parts are the hole: {inside.mean():.0%} of the square."]
@@ -210,15 +210,15 @@ def complete(
 ) -> Result:    # fmt: skip
     """Complete the square. Raises ValueError with a sentence for the page."""
     if picture is None:
-        raise DataError("There is no picture yet: take a sample or upload one.")
+        raise UserError("There is no picture yet: take a sample or upload one.")
     if not hole.any():
-        raise DataError("Nothing is painted yet: paint over the part to be filled in, or upload a mask.")
+        raise UserError("Nothing is painted yet: paint over the part to be filled in, or upload a mask.")
     if hole.all():
-        raise DataError("The whole square is painted: leave a part of the picture for the model to go by.")
+        raise UserError("The whole square is painted: leave a part of the picture for the model to go by.")
     if seed is None:
-        raise DataError("The seed is empty: give a whole number.")
+        raise UserError("The seed is empty: give a whole number.")
     if not (1 <= num_samples <= MAX_SAMPLES and 1 <= total_iter <= MAX_ROUNDS):
-        raise DataError(f"At most {MAX_SAMPLES} completions and {MAX_ROUNDS} rounds are possible here.")
+        raise UserError(f"At most {MAX_SAMPLES} completions and {MAX_ROUNDS} rounds are possible here.")
     started = time.perf_counter()
     done, rounds = model.inpaint(
         picture.crop, hole, seed=int(seed), num_samples=int(num_samples), total_iter=int(total_iter), on_round=on_round,
@@ -521,7 +521,7 @@ class Page:
     @sentences
     def take_mask(self, path: str, picture: Picture | None, hole_colour: str) -> dict:
         if picture is None:
-            raise DataError("Upload the picture first, then its mask.")
+            raise UserError("Upload the picture first, then its mask.")
         hole, notes = open_mask(path, picture, hole_colour, self.max_pixels)
         return {self.ui.status: status_html("Took the mask.", notes), self.ui.editor: editor_value(picture, hole)}
 
@@ -573,7 +573,7 @@ class Page:
     @sentences
     def use_square(self, picture: Picture | None, left: float, top: float, side: float) -> dict:
         if picture is None:
-            raise DataError("There is no picture yet: take a sample or upload one.")
+            raise UserError("There is no picture yet: take a sample or upload one.")
         placed = picture.placed(left, top, side)
         left, top, side = placed.box
         return self.show(placed, f"The square of {side} pixels at {left}, {top} is in the editor. Paint the hole.")
@@ -625,7 +625,7 @@ class Page:
     @sentences
     def reuse(self, result: Result | None, index: int) -> dict:
         if result is None:
-            raise DataError("There is no completion yet.")
+            raise UserError("There is no completion yet.")
         return self.show(result.whole(index), f"Seed {result.seeds[index]} is the picture now: paint the next hole.")
 
 
@@ -659,7 +659,7 @@ async def refuse_address(*_: Any) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundled = str(HERE / "checkpoints/cat64.safetensors")
     parser.add_argument("--checkpoint", default=bundled, help="model (default: the bundled one)")
     parser.add_argument("--samples", default=str(HERE / "samples"), help="folder with images/ and masks/ to choose from")
@@ -674,12 +674,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     if gr is None:
-        raise utils.UserError("the page needs the package gradio; install it with: pip install -r requirements-demo.txt")
+        raise UserError("the page needs the package gradio; install it with: pip install -r requirements-demo.txt")
     if not 1 <= args.port <= 65535:
-        raise utils.UserError(f"--port must lie in 1..65535, got {args.port}")
+        raise UserError(f"--port must lie in 1..65535, got {args.port}")
     for name in ("max_pixels", "max_megabytes"):
         if getattr(args, name) < 1:
-            raise utils.UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.host not in LOOPBACK:
         print(
             f"notice: --host {args.host} lets everybody who reaches port {args.port} of this computer use the page: upload\n"
@@ -711,7 +711,7 @@ def launch(page: Page, args: argparse.Namespace) -> Any:
         )    # fmt: skip
     except OSError as error:
         where = f"{args.host}:{args.port}"
-        raise utils.UserError(f"can't listen at {where}: in use, or not of this computer; try another --port") from error
+        raise UserError(f"can't listen at {where}: in use, or not of this computer; try another --port") from error
     return blocks
 
 
@@ -719,9 +719,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_args(args)
     try:
-        model = MaskGIT.from_pretrained(args.checkpoint).to(utils.pick_device(args.device))
+        model = MaskGIT.from_pretrained(args.checkpoint).to(pick_device(args.device))
     except ValueError as error:
-        raise utils.UserError(str(error)) from error
+        raise UserError(str(error)) from error
     Image.MAX_IMAGE_PIXELS = args.max_pixels // 2 + 1    # whatever reads a picture here, Pillow refuses twice that
     warnings.simplefilter("ignore")                      # what is to be said is said on the page
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that the folder goes
@@ -738,4 +738,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

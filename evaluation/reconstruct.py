@@ -7,22 +7,21 @@ The pictures must be clean: their tokens are made with nothing hidden. Only then
 tokens with the known pixels, as in inpainting.py, or with --no-known the tokens alone. (The reference decoder never takes
 known pixels, so there --no-known changes nothing.) Writes OUTPUT/images/NAME.png.
 """
-
 import argparse
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import utils
-from data import write_image
 from models import MaskGIT
 from models.pictures import finish, shrink
+from pictures.images import write_image
 from tasks import Pair, add_flags, check_counts, load_model, read_pair, usable_pairs
+from utils import Parser, UserError, pick_device, run_cli, writable_folder
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--known", action=argparse.BooleanOptionalAction, default=True,
                         help="show known pixels and hole to the decoder")    # fmt: skip
@@ -37,7 +36,7 @@ def is_blank(image: Tensor, hole: Tensor) -> bool:
 
 def check_clean(args: argparse.Namespace, pairs: list[Pair]) -> None:
     if all(is_blank(*read_pair(image, mask, args.mask_hole)) for _, image, mask in pairs):
-        raise utils.UserError(f"all pictures in {args.images} are blank in their holes: give the originals as --images")
+        raise UserError(f"all pictures in {args.images} are blank in their holes: give the originals as --images")
 
 
 @torch.no_grad()
@@ -63,11 +62,11 @@ def reconstruct(model: MaskGIT, images: list[Tensor], holes: list[Tensor], known
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_counts(args, "batch_size")
-    device = utils.pick_device(args.device)
+    device = pick_device(args.device)
     pairs = usable_pairs(args)
     check_clean(args, pairs)
     model = load_model(args.checkpoint, device)
-    folder = utils.writable_folder(args.output) / "images"
+    folder = writable_folder(args.output) / "images"
 
     with tqdm(total=len(pairs), unit="picture", disable=None) as progress:
         for start in range(0, len(pairs), args.batch_size):
@@ -82,4 +81,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

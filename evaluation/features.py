@@ -3,7 +3,6 @@
 InceptionV3 is pytorch-fid's (https://github.com/mseitzer/pytorch-fid, Apache-2.0): its scores are called FID and KID.
 Any ONNX network `images (B, 3, H, W) in [0, 1] -> features (B, D)` serves too; its scores carry its name.
 """
-
 import hashlib
 import re
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics import Moments
+from evaluation.metrics import Moments
 from utils import UserError, atomic_write
 
 INCEPTION_URL = (

@@ -8,7 +8,6 @@ navier-stokes  fluid dynamics: Bertalmio et al. 2001, OpenCV's cv2.INPAINT_NS
 
 The hole's pixels are never looked at, and known pixels are kept exactly.
 """
-
 import argparse
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
+from pictures.files import pair
+from pictures.images import read_image, read_mask, write_image
 from utils import Parser, UserError, run_cli, writable_folder
 
 METHODS = ("telea", "navier-stokes", "mean")
@@ -31,16 +31,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where <name>.png are written")
     parser.add_argument("--method", choices=METHODS, required=True)
     args = parser.parse_args(argv)
-    pairs = data.pair(args.images, args.masks)
+    pairs = pair(args.images, args.masks)
     if args.method != "mean":
         import_opencv()    # told before any file is written
     writable_folder(args.output)
     for stem, image_path, mask_path in tqdm(pairs, desc=args.method, unit="picture", disable=None):
-        image, mask = data.read_image(image_path), data.read_mask(mask_path, args.mask_hole)
+        image, mask = read_image(image_path), read_mask(mask_path, args.mask_hole)
         if image.shape[1:] != mask.shape[1:]:
             sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (image, mask)]
             raise UserError(f"{image_path} is {sizes[0]}, its mask {mask_path} is {sizes[1]}: they must have one size")
-        data.write_image(args.output / f"{stem}.png", complete(image, mask, args.method))
+        write_image(args.output / f"{stem}.png", complete(image, mask, args.method))
     print(f"{len(pairs)} pictures completed with {args.method} in {args.output}")
     return 0
 

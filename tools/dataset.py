@@ -5,7 +5,6 @@ Two pictures are *exact* duplicates if their decoded pixels are equal, and *near
 mirrored copy leaks as well). That finds re-encoded, resized, brightened and mirrored copies, and neighbours in a burst;
 it does not find crops and rotations.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -26,7 +25,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import DataError, find_images, open_rgb, random_holes, random_walks, read_square
+from pictures.files import find_images
+from pictures.folders import read_square
+from pictures.holes import random_holes, random_walks
+from pictures.images import open_rgb
+from utils import UserError
 
 THUMB = 16          # pixels a side of the thumbnails compared
 # On 8,817 aligned cat faces, which are all alike at this size, nearly all pairs above 0.96 are one photo or a burst,
@@ -69,19 +72,19 @@ def fingerprint(file: Path) -> Picture:
 
 def fingerprint_folder(folder: Path) -> list[Picture]:
     """Fingerprint every picture of a folder; DataError lists those that cannot be read."""
-    def read(file: Path) -> Picture | DataError:
+    def read(file: Path) -> Picture | UserError:
         try:
             return fingerprint(file)
-        except DataError as error:
+        except UserError as error:
             return error
 
     files = list(find_images(folder).values())
     with ThreadPoolExecutor() as pool:
         results = list(tqdm(pool.map(read, files), total=len(files), desc=f"reading {folder}", disable=None))
-    bad = [str(result) for result in results if isinstance(result, DataError)]
+    bad = [str(result) for result in results if isinstance(result, UserError)]
     if bad:
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise DataError(f"{len(bad)} picture(s) in {folder} cannot be read; remove them first:\n  "
+        raise UserError(f"{len(bad)} picture(s) in {folder} cannot be read; remove them first:\n  "
                         + "\n  ".join(bad[:10]) + more)
     return results
 
@@ -134,10 +137,10 @@ def check(args: argparse.Namespace) -> int:
     """Report duplicates inside and across folders; 1 if any crosses two folders."""
     folders = [Path(folder) for folder in args.folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise DataError("a folder is given twice; give each once")
+        raise UserError("a folder is given twice; give each once")
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"{folder} is not a folder; give folders of pictures")
+            raise UserError(f"{folder} is not a folder; give folders of pictures")
     pictures = [picture for folder in folders for picture in fingerprint_folder(folder)]
     groups = [group for group in group_duplicates(pictures, args.threshold) if len(group.pictures) > 1]
     print(f"{len(pictures):,} pictures in {len(folders)} folder(s); near = correlation of {args.threshold} or more")
@@ -189,14 +192,14 @@ def _staging(path: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_new(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is not empty; give a new folder")
+        raise UserError(f"{folder} is not empty; give a new folder")
 
 
 def move_folder(filled: Path, output: Path) -> None:
@@ -221,7 +224,7 @@ def assign(groups: list[Group], val_share: float, test_share: float, seed: int) 
         parts[part] += group.pictures
     for name, pictures in parts.items():
         if not pictures:
-            raise DataError(f"no picture is left for {name}: the {count} picture(s) form {len(groups)} group(s) of "
+            raise UserError(f"no picture is left for {name}: the {count} picture(s) form {len(groups)} group(s) of "
                             "duplicates, which stay together; give more pictures or other shares")
     return parts
 
@@ -234,7 +237,7 @@ def split(args: argparse.Namespace) -> int:
     """Copy a folder's pictures to OUTPUT/train, OUTPUT/val (and OUTPUT/test)."""
     output = Path(args.output)
     if not (args.val_share >= 0 and args.test_share >= 0 and 0 < args.val_share + args.test_share < 1):
-        raise DataError(f"--val-share ({args.val_share}) and --test-share ({args.test_share}) must not be negative, "
+        raise UserError(f"--val-share ({args.val_share}) and --test-share ({args.test_share}) must not be negative, "
                         "and their sum must lie between 0 and 1")
     check_new(output)
     groups = group_duplicates(fingerprint_folder(Path(args.source)), args.threshold)
@@ -263,7 +266,7 @@ def holes(args: argparse.Namespace) -> int:
     """Draw a hole for every picture, of its size and name, black on white. A hole depends on the seed and the name alone."""
     output = Path(args.output)
     if args.size < 2:
-        raise DataError(f"--size ({args.size}) must be at least 2, so that a mask has a hole and a known pixel")
+        raise UserError(f"--size ({args.size}) must be at least 2, so that a mask has a hole and a known pixel")
     check_new(output)
     draw = random_walks if args.kind == "walks" else random_holes
     shares = []
@@ -274,7 +277,7 @@ def holes(args: argparse.Namespace) -> int:
             mask = Image.fromarray(~hole.numpy()).convert("L").resize(open_rgb(file).size, Image.Resampling.NEAREST)
             share = np.mean(np.asarray(mask) == 0)
             if share in (0, 1):
-                raise DataError(f"{file} is too small for a hole that was drawn on {args.size}x{args.size}; lower --size")
+                raise UserError(f"{file} is too small for a hole that was drawn on {args.size}x{args.size}; lower --size")
             mask.save(staging / "all" / f"{stem}.png")
             shares.append(share)
         move_folder(staging / "all", output)
@@ -294,14 +297,14 @@ def shards(args: argparse.Namespace) -> int:
     except (TypeError, ValueError):
         distinct = False
     if not distinct or output.suffix != ".tar":
-        raise DataError(f"--output {output} must number the shards, such as shards-%06d.tar")
+        raise UserError(f"--output {output} must number the shards, such as shards-%06d.tar")
     if min(args.size, args.shard_size) < 1:
-        raise DataError(f"--size ({args.size}) and --shard-size ({args.shard_size}) must be at least 1")
+        raise UserError(f"--size ({args.size}) and --shard-size ({args.shard_size}) must be at least 1")
     files = list(find_images(args.source).values())
     total = -(-len(files) // args.shard_size)
     existing = [name for name in (output.name % i for i in range(total)) if (output.parent / name).exists()]
     if existing:
-        raise DataError(f"{output.parent / existing[0]} exists; remove the old shards or give another --output")
+        raise UserError(f"{output.parent / existing[0]} exists; remove the old shards or give another --output")
     # A random order on disk, once, lets the reader shuffle well with a small buffer.
     order = np.random.default_rng(args.seed).permutation(len(files))
     with _staging(output) as staging:
@@ -328,7 +331,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors are one sentence, without the usage text before it."""
 
     def error(self, message: str) -> NoReturn:
-        raise DataError(f"{message}; see --help")
+        raise UserError(f"{message}; see --help")
 
 
 def _parser() -> _Parser:
@@ -374,9 +377,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         if not 0 < getattr(args, "threshold", THRESHOLD) <= 1:
-            raise DataError(f"--threshold ({args.threshold}) must lie in (0, 1]")
+            raise UserError(f"--threshold ({args.threshold}) must lie in (0, 1]")
         return args.run(args)
-    except DataError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,24 +5,24 @@
 Writes OUTPUT/images/NAME.png and, with --holes, OUTPUT/masks/NAME.png with random holes (black), which is how the bundled
 samples were made.
 """
-
 import argparse
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import utils
-from data import random_holes, to_uint8, write_image
 from models import MaskGIT
 from models.decoding import DECODERS
 from models.schedule import SCHEDULES
+from pictures.holes import random_holes
+from pictures.images import to_uint8, write_image
+from utils import Parser, UserError, pick_device, run_cli, seeded, writable_folder
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--checkpoint", default=str(HERE / "checkpoints/cat64.safetensors"), help="model (default: the bundled one)")
     flag("--output", default="out/generated", help="folder for the results (default: %(default)s)")
@@ -52,9 +52,9 @@ def generate(model: MaskGIT, seeds: list[int], **options) -> torch.Tensor:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.count < 1 or args.batch_size < 1:
-        raise utils.UserError(f"--count and --batch-size must be at least 1, got {args.count} and {args.batch_size}")
-    device = utils.pick_device(args.device)
-    output = utils.writable_folder(args.output)
+        raise UserError(f"--count and --batch-size must be at least 1, got {args.count} and {args.batch_size}")
+    device = pick_device(args.device)
+    output = writable_folder(args.output)
     seeds = args.seeds or list(range(args.seed, args.seed + args.count))
     options = {
         "schedule": args.mask_func, "total_iter": args.total_iter, "decoder": args.decoder,
@@ -68,15 +68,15 @@ def main(argv: list[str] | None = None) -> int:
                 for seed, picture in zip(part, generate(model, part, **options), strict=True):
                     write_image(output / "images" / f"cat_{seed:05d}.png", picture)
                     if args.holes:
-                        hole = random_holes(1, model.image_size, utils.seeded("generated hole", seed))[0]
+                        hole = random_holes(1, model.image_size, seeded("generated hole", seed))[0]
                         mask = torch.where(hole, 0, 255).byte().expand(3, -1, -1)
                         write_image(output / "masks" / f"cat_{seed:05d}.png", mask)
                 progress.update(len(part))
     except ValueError as error:
-        raise utils.UserError(str(error)) from error
+        raise UserError(str(error)) from error
     print(f"made {len(seeds)} pictures: {output / 'images'}")
     return 0
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

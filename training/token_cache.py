@@ -10,7 +10,6 @@ times. The set is cut in pieces, 1024 files of a folder or one shard each, and a
 An array is written whole or not at all. So an encoding that was killed goes on with the pieces of which one is missing, and
 of P processes each makes every P-th piece.
 """
-
 import contextlib
 import json
 import math
@@ -26,9 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import utils
-from data import DataError, find_images, open_shards, read_square
-from training import is_shards
+from pictures.files import find_images
+from pictures.folders import read_square
+from pictures.shards import is_shards, open_shards
+from utils import UserError, atomic_write, fingerprint
 
 PIECE = 1024    # files of a folder in a piece; pictures held at a time
 
@@ -55,7 +55,7 @@ def list_pieces(paths: list[str]) -> list[Piece]:
 
 def fingerprint_pictures(pieces: list[Piece]) -> str:
     """A hash of the names, sizes and times of all files; to read what is in them would take too long."""
-    return utils.fingerprint([[(file.name, *_size_and_time(file)) for file in piece.files] for piece in pieces])
+    return fingerprint([[(file.name, *_size_and_time(file)) for file in piece.files] for piece in pieces])
 
 
 def _size_and_time(file: Path) -> tuple[int, int]:
@@ -76,18 +76,18 @@ def check_about(folder: Path, about: dict[str, Any]) -> None:
     """
     path = folder / "about.json"
     if not path.exists():
-        with utils.atomic_write(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(about, indent=1) + "\n")
         return
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise utils.UserError(f"token cache {folder} has a damaged about.json; delete the folder") from error
+        raise UserError(f"token cache {folder} has a damaged about.json; delete the folder") from error
     words = {"tokenizer": "another VQGAN", "pictures": "other pictures (their names, sizes or times differ)"}
     for key, value in about.items():
         if found.get(key) != value:
             reason = words.get(key, f"{key} = {found.get(key)} instead of {value}")
-            raise utils.UserError(
+            raise UserError(
                 f"token cache {folder} is stale, it was made with {reason}; delete it or give another --token-cache"
             )
 
@@ -98,7 +98,7 @@ def build(
 ) -> None:    # fmt: skip
     """Write those of the pieces that are missing. `encode`: (n, 3, size, size) uint8 -> (n, N) tokens below 65536."""
     missing = [piece for piece in pieces if not all(path.exists() for path in _paths(folder, piece, mirror, pixels))]
-    bad: list[DataError] = []
+    bad: list[UserError] = []
     for piece in tqdm(missing, desc="encoding", unit="piece", disable=None if missing else True):
         with contextlib.ExitStack() as stack:
             outputs = [stack.enter_context(_open(path)) for path in _paths(folder, piece, mirror, pixels)]
@@ -118,11 +118,11 @@ def _paths(folder: Path, piece: Piece, mirror: bool, pixels: bool) -> list[Path]
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    with utils.atomic_write(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         yield file
 
 
-def _read(piece: Piece, size: int, bad_images: str, bad: list[DataError]) -> Iterator[Tensor]:
+def _read(piece: Piece, size: int, bad_images: str, bad: list[UserError]) -> Iterator[Tensor]:
     """A piece's pictures, (n, 3, size, size) uint8 at a time. What is wrong with pictures that are skipped goes to `bad`."""
     if piece.shard is not None:
         stream = iter(open_shards(piece.shard, size, seed=None, bad_images=bad_images))
@@ -130,17 +130,17 @@ def _read(piece: Piece, size: int, bad_images: str, bad: list[DataError]) -> Ite
             yield torch.stack(images)
         return
 
-    def read(file: Path) -> Tensor | DataError:
+    def read(file: Path) -> Tensor | UserError:
         try:
             return read_square(file, size)
-        except DataError as error:
+        except UserError as error:
             if bad_images == "error":
                 raise
             return error
 
     with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
         found = list(pool.map(read, piece.files))
-    bad += [error for error in found if isinstance(error, DataError)]
+    bad += [error for error in found if isinstance(error, UserError)]
     if images := [image for image in found if isinstance(image, Tensor)]:
         yield torch.stack(images)
 
@@ -155,7 +155,7 @@ class TokenCache:
             arrays.append([_map(path, *kind) for path, kind in zip(paths, kinds, strict=True)])
             if len({len(array) for array in arrays[-1]}) > 1:
                 names = " and ".join(path.name for path in paths)
-                raise utils.UserError(f"{names} in {folder} differ in length; delete them, to make them anew")
+                raise UserError(f"{names} in {folder} differ in length; delete them, to make them anew")
         self.tokens = [piece[: 1 + mirror] for piece in arrays]                     # 1 or 2, each (n, N)
         self.pixels = [piece[-1] for piece in arrays] if pixels else None           # each (n, 3, S, S)
         self.ends = np.cumsum([len(piece[0]) for piece in arrays])
@@ -190,4 +190,4 @@ def _map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         return np.memmap(path, dtype, "r", shape=(n, *shape)) if n else np.empty((0, *shape), dtype)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise utils.UserError(f"token cache file {path} can't be used ({reason}); delete it, to make it anew") from error
+        raise UserError(f"token cache file {path} can't be used ({reason}); delete it, to make it anew") from error

@@ -13,7 +13,6 @@ Writes to OUTPUT: results.csv (a row a setting, sweet spot and seed), results.md
 the seeds), and as PNG score_over_total_iter, score_over_sweet_spot (where there are several), schedules and, for each T,
 rounds_T: picture and token mask of every round.
 """
-
 import argparse
 import csv
 import itertools
@@ -31,19 +30,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import data
-import figures
-import utils
-from features import Features, Statistics, file_sha256, load_features
-from metrics import RIM, Moments, Perceptual, batch_metrics, frechet_distance, kernel_distance, load_perceptual, seam
+from evaluation import figures
+from evaluation.features import Features, Statistics, file_sha256, load_features
+from evaluation.metrics import (
+    RIM,
+    Moments,
+    Perceptual,
+    batch_metrics,
+    frechet_distance,
+    kernel_distance,
+    load_perceptual,
+    seam,
+)
 from models import MaskGIT
 from models.decoding import DECODERS, Round
 from models.maskgit import pixel_to_token_mask
 from models.schedule import SCHEDULES
+from pictures.files import find_images, pair
+from pictures.holes import random_holes
+from pictures.images import read_image, read_mask, to_float, to_uint8
 from tasks import load_model
-from utils import UserError
+from utils import Parser, UserError, atomic_write, fingerprint, pick_device, run_cli, seeded, writable_folder
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 PAIRED = ("psnr", "ssim", "l1", "hole_psnr", "hole_ssim", "hole_l1", "hole_perceptual", "known_changed")
 SHOWN = ("hole_psnr", "hole_ssim", "hole_perceptual", "seam")    # beside the two distances, in results.md
 KEY = ("decoder", "mask_func", "total_iter", "sweet_spot", "temperature", "choice_temperature", "seed")
@@ -110,7 +119,7 @@ class Judge:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
     bundled = HERE / "checkpoints/cat64.safetensors"
     parser.add_argument("--checkpoint", type=Path, default=bundled, metavar="FILE", help="model (default: the bundled one)")
@@ -199,16 +208,16 @@ def settings(args: argparse.Namespace) -> list[Setting]:
 def load_pictures(args: argparse.Namespace, size: int) -> Pictures:
     """Pictures, holes and originals, paired by name, all of the model's size."""
     if args.masks is None:
-        files = list(data.find_images(args.images).items())[: args.limit]
-        images = read_all([path for _, path in files], data.read_image, size)                   # (M, 3, H, W)
+        files = list(find_images(args.images).items())[: args.limit]
+        images = read_all([path for _, path in files], read_image, size)                   # (M, 3, H, W)
         # Drawn one by one: a picture's hole does not depend on --limit.
-        holes = [data.random_holes(1, size, utils.seeded(args.random_holes, "hole", stem)) for stem, _ in files]
+        holes = [random_holes(1, size, seeded(args.random_holes, "hole", stem)) for stem, _ in files]
         pictures = Pictures([stem for stem, _ in files], images, torch.cat(holes), images)
     else:
-        pairs = data.pair(args.images, args.masks)
+        pairs = pair(args.images, args.masks)
         stems = [stem for stem, _, _ in pairs][: args.limit]
-        images = read_all([image for _, image, _ in pairs][: args.limit], data.read_image, size)
-        holes = read_all([mask for *_, mask in pairs][: args.limit], lambda path: data.read_mask(path, args.mask_hole), size)
+        images = read_all([image for _, image, _ in pairs][: args.limit], read_image, size)
+        holes = read_all([mask for *_, mask in pairs][: args.limit], lambda path: read_mask(path, args.mask_hole), size)
         truth = images if args.ground_truth is None else read_truth(args, [stem for stem, _, _ in pairs], size)
         pictures = Pictures(stems, images, holes, truth)
     if len(pictures.stems) < 2:
@@ -233,10 +242,10 @@ def read_all(paths: list[Path], read, size: int) -> Tensor:
 
 def read_truth(args: argparse.Namespace, stems: list[str], size: int) -> Tensor:
     """The originals in the order of the pictures."""
-    files = data.find_images(args.ground_truth)
+    files = find_images(args.ground_truth)
     if odd := sorted(set(files) ^ set(stems)):
         raise UserError(f"{args.images} and {args.ground_truth} must hold the same names; {len(odd)} differ, e.g. {odd[0]}")
-    return read_all([files[stem] for stem in stems[: args.limit]], data.read_image, size)
+    return read_all([files[stem] for stem in stems[: args.limit]], read_image, size)
 
 
 def blank_holes(pictures: Pictures) -> bool:
@@ -260,15 +269,15 @@ def complete_batch(
 ) -> tuple[list[Tensor], list[Round]]:
     """Some pictures completed: uint8 (B, 3, H, W) on the CPU after each of the rounds `spots`, and all rounds."""
     image, hole = pictures.images[batch], pictures.holes[batch]
-    x, mask = data.to_float(image).to(model.device), hole.to(model.device)
+    x, mask = to_float(image).to(model.device), hole.to(model.device)
     # inpainting.py's seeds, so that its pictures are the ones that are scored here
-    seeds = [utils.seeded(setting.seed, stem, 0).initial_seed() for stem in pictures.stems[batch]]
+    seeds = [seeded(setting.seed, stem, 0).initial_seed() for stem in pictures.stems[batch]]
     shown = (x, mask) if args.known else (torch.zeros_like(x), torch.ones_like(mask))
     with half_precision(model, args):
         known = model.known(x, mask)
         rounds = model.complete_tokens(known, seeds, sweet_spot=max(spots), **setting.options())
         decoded = [model.decode(rounds[spot - 1].tokens, *shown, known.context) for spot in spots]
-    done = [data.to_uint8(x.cpu()).contiguous() for x in decoded]    # the decoder may give channels_last
+    done = [to_uint8(x.cpu()).contiguous() for x in decoded]    # the decoder may give channels_last
     return [torch.where(hole, x, image) if args.paste else x for x in done], rounds
 
 
@@ -324,8 +333,8 @@ def facts(args: argparse.Namespace, pictures: Pictures, judge: Judge) -> dict:
     weights = args.perceptual_weights
     return {
         "checkpoint": file_sha256(args.checkpoint),
-        "pictures": utils.fingerprint(pictures.images), "holes": utils.fingerprint(pictures.holes),
-        "ground truth": utils.fingerprint(pictures.truth), "feature network": judge.network.sha256,
+        "pictures": fingerprint(pictures.images), "holes": fingerprint(pictures.holes),
+        "ground truth": fingerprint(pictures.truth), "feature network": judge.network.sha256,
         "perceptual network": file_sha256(weights) if weights else None,
         "paste": args.paste, "precision": args.precision,
     }    # fmt: skip
@@ -335,7 +344,7 @@ def load_results(output: Path, expected: dict, header: list[str]) -> list[dict[s
     """Rows of an earlier sweep in the same folder, which must have had the same model, pictures and scores."""
     results, about = output / "results.csv", output / "sweep.json"
     if not results.exists():
-        with utils.atomic_write(about) as temporary:
+        with atomic_write(about) as temporary:
             temporary.write_text(json.dumps(expected, indent=2) + "\n", encoding="utf-8")
         return []
     try:
@@ -348,7 +357,7 @@ def load_results(output: Path, expected: dict, header: list[str]) -> list[dict[s
 
 
 def write_results(output: Path, header: list[str], rows: list[dict[str, str]]) -> None:
-    with utils.atomic_write(output / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(output / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, header, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -448,7 +457,7 @@ def to_array(image: Tensor):
 
 def load(args: argparse.Namespace) -> tuple[MaskGIT, Pictures, Judge]:
     """Model, pictures and networks: whatever is missing or wrong is told before the first decode."""
-    device = utils.pick_device(args.device)
+    device = pick_device(args.device)
     network = load_features(
         args.features, inception_weights=args.inception_weights, name=args.features_name, device=device
     )
@@ -464,7 +473,7 @@ def load(args: argparse.Namespace) -> tuple[MaskGIT, Pictures, Judge]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_args(args)
-    utils.writable_folder(args.output)
+    writable_folder(args.output)
     if args.figures:
         figures.new_figure(1, 1)    # told before the work, should matplotlib be missing
     model, pictures, judge = load(args)
@@ -480,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
             rows = list({key(row): row for row in rows + fresh}.values())
             write_results(args.output, header, rows)
     text = report(rows, args, judge, shlex.join(["python", "sweep.py", *(sys.argv[1:] if argv is None else argv)]))
-    with utils.atomic_write(args.output / "results.md") as temporary:
+    with atomic_write(args.output / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     if args.figures:
         draw(model, pictures, rows, args, judge)
@@ -489,4 +498,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

@@ -9,7 +9,6 @@ A sweep's results.csv has a row a setting, round and seed (see sweep.py), a ladd
 `method`.
 Pictures of a grid are paired by their names; --names picks some.
 """
-
 import argparse
 import csv
 import math
@@ -20,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
 from models.schedule import SCHEDULES, gamma
+from pictures.files import find_images
+from pictures.images import read_image
 from utils import Parser, UserError, atomic_write, run_cli
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart too, one for each schedule wherever it is drawn.
@@ -279,10 +279,10 @@ def folder_grid(folders: list[Path], labels: list[str], names: list[str], path: 
     """A row a folder, a column a picture, paired by name."""
     cells = []
     for folder in folders:
-        found = data.find_images(folder)
+        found = find_images(folder)
         if missing := [name for name in names if name not in found]:
             raise UserError(f"{folder} has no picture named {', '.join(missing[:5])}")
-        cells.append([data.read_image(found[name]).permute(1, 2, 0).numpy() for name in names])
+        cells.append([read_image(found[name]).permute(1, 2, 0).numpy() for name in names])
     if len({picture.shape for row in cells for picture in row}) > 1:
         raise UserError("the pictures of a grid must all have one size")
     picture_table(cells, labels, [], path, scale)
@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{len(args.rows)} --rows need as many --labels, got {len(labels)}")
         if args.count < 1 or args.scale < 1:
             raise UserError("--count and --scale must be at least 1")
-        names = args.names or list(data.find_images(args.rows[0]))[: args.count]
+        names = args.names or list(find_images(args.rows[0]))[: args.count]
         folder_grid(args.rows, labels, names, args.output, args.scale)
     return 0
 

@@ -8,7 +8,6 @@ The cases of a table take turns, round after round, so that a busy moment of the
 over the rounds, and a ratio is the median of the rounds' ratios. The reference is configs/maskgit_reference.yml with random
 weights, which cost as much as trained ones: float32, one picture at a time, every round decoded (see `reference_loop`).
 """
-
 import argparse
 import contextlib
 import copy
@@ -30,19 +29,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import utils
-from data import random_holes
 from models import MaskGIT
 from models.attention import count_parameters, use_fused_attention
 from models.decoding import places
 from models.maskgit import pixel_to_token_mask
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
+from pictures.holes import random_holes
 from tasks import load_model
-from training import Ahead, Captured, CapturedGradients, rounded_places, to_device
-from utils import UserError
+from training.optimization import update_ema
+from training.speed import Ahead, Captured, CapturedGradients, padded_positions, to_device
+from utils import Parser, UserError, atomic_write, build_config, load_config, pick_device, run_cli, seeded, writable_folder
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 # --quick: what makes either config small, its shape kept
 QUICK = {
     "vqgan": dict(image_size=16, codebook_size=32, codebook_dim=8, encoder_width=16, encoder_depth=1, encoder_down=[0, 1],
@@ -168,14 +167,14 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, quick: bool) -> float:
 
 def build(config: Path, bench: Bench) -> MaskGIT:
     """A model of a config file with random weights, always the same."""
-    sections = utils.load_config(config)
+    sections = load_config(config)
     if bench.quick:
         for name, small in QUICK.items():
             sections[name] |= small
         if sections["transformer"]["pixel_dim"]:
             sections["transformer"]["pixel_dim"] = 4 * sections["vqgan"]["stride"] ** 2
-    vqgan = utils.build_config(VQGANConfig, sections["vqgan"], "vqgan")
-    transformer = utils.build_config(TransformerConfig, sections["transformer"], "transformer")
+    vqgan = build_config(VQGANConfig, sections["vqgan"], "vqgan")
+    transformer = build_config(TransformerConfig, sections["transformer"], "transformer")
     torch.manual_seed(0)
     return MaskGIT(vqgan, transformer).eval().to(bench.device)
 
@@ -196,7 +195,7 @@ def reference(args: argparse.Namespace, bench: Bench) -> tuple[MaskGIT, str]:
 
 def draw_pictures(count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Noise (count, 3, size, size) in [-1, 1] and holes (count, 1, size, size); what is seen does not change the time."""
-    generator = utils.seeded("benchmark", count)
+    generator = seeded("benchmark", count)
     image = torch.rand(count, 3, size, size, generator=generator) * 2 - 1
     return image.to(device), random_holes(count, size, generator).to(device)
 
@@ -424,9 +423,9 @@ def training_step(
     cache, count = model.vqgan.encode(image), itertools.count()
 
     def draw(step: int) -> tuple[Tensor, ...]:
-        mask = random_holes(batch, model.image_size, utils.seeded("benchmark holes", step))
+        mask = random_holes(batch, model.image_size, seeded("benchmark holes", step))
         masked = pixel_to_token_mask(mask, model.vqgan.config.stride)
-        return mask, masked, (rounded_places if plan.captured else places)(masked)
+        return mask, masked, (padded_positions if plan.captured else places)(masked)
 
     def gradients(tokens: Tensor, masked: Tensor, pixels: Tensor | None, wanted: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -444,7 +443,7 @@ def training_step(
         tokens = cache if plan.cached else model.vqgan.encode(image)
         run(tokens, masked, model.pixels_of(image, mask), wanted)
         optimizer.step()
-        utils.update_ema(average.transformer, model.transformer, 0.999)
+        update_ema(average.transformer, model.transformer, 0.999)
 
     return model, step
 
@@ -518,7 +517,7 @@ def markdown(report: dict) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("inpaint", "train"))
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the bundled one, else its config")
     parser.add_argument("--reference-checkpoint", type=Path, metavar="FILE", help="trained reference weights")
@@ -534,7 +533,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    device = utils.pick_device(args.device)
+    device = pick_device(args.device)
     defaults = {"rounds": 2 if args.quick else 5, "total_iter": 2 if args.quick else 10,
                 "batch_size": 4 if args.quick else 256 if device.type == "cuda" else 16}    # fmt: skip
     for name, value in defaults.items():
@@ -545,15 +544,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick and (args.checkpoint or args.reference_checkpoint):
         raise UserError("--quick makes tiny models of its own: leave the checkpoints out")
     if args.json is not None:
-        utils.writable_folder(args.json.parent)
+        writable_folder(args.json.parent)
     bench = Bench(device, args.quick, args.rounds, args.batch_size, args.total_iter, args.compile)
     report = {"machine": describe(bench)} | (inpaint if args.what == "inpaint" else train)(args, bench)
     print(markdown(report))
     if args.json is not None:
-        with utils.atomic_write(args.json) as temporary:
+        with atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

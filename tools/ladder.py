@@ -6,7 +6,6 @@ python ladder.py --originals ORIGINALS --masks MASKS --checkpoint model.safetens
 Each rung is made by a command of this project, which the report names. Writes to OUTPUT: a folder of pictures a rung,
 ladder.csv, ladder.md (the scores, and the commands that made them) and pictures.png (some pictures of each rung).
 """
-
 import argparse
 import csv
 import math
@@ -21,13 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
-import figures
-import utils
-from features import Features, Statistics, load_features
-from metrics import Perceptual, frechet_distance, kernel_distance, load_perceptual, paired_metrics, summarise
+from evaluation import figures
+from evaluation.features import Features, Statistics, load_features
+from evaluation.metrics import Perceptual, frechet_distance, kernel_distance, load_perceptual, paired_metrics, summarise
+from pictures.files import pair
+from pictures.images import read_image
 from tasks import HERE, read_pair
-from utils import UserError
+from utils import Parser, UserError, atomic_write, pick_device, run_cli, writable_folder
 
 REFERENCE = "Navier-Stokes"    # the rung that the ratios are of: the best classic method
 # Columns of the scores beside the Fréchet and kernel distances: head of the report's table, format.
@@ -111,7 +110,7 @@ class Judge:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundled = HERE / "checkpoints/cat64.safetensors"
     parser.add_argument("--originals", type=Path, required=True, metavar="DIR", help="clean pictures, all of one size")
     parser.add_argument("--masks", type=Path, required=True, metavar="DIR", help="hole masks of the same names, or one")
@@ -135,10 +134,10 @@ def load(args: argparse.Namespace) -> tuple[Pictures, Judge]:
         raise UserError(f"checkpoint {args.checkpoint} not found; give a .safetensors file")
     if args.features == "none":
         raise UserError("--features must be inception or an ONNX file: a ladder compares Fréchet distances")
-    device = utils.pick_device(args.device)
+    device = pick_device(args.device)
     network = load_features(args.features, inception_weights=args.inception_weights, name=args.features_name, device=device)
     perceptual = load_perceptual(args.perceptual_weights, device) if args.perceptual_weights else None
-    pairs = data.pair(args.originals, args.masks)
+    pairs = pair(args.originals, args.masks)
     read = [read_pair(image, mask, args.mask_hole) for _, image, mask in pairs]
     if odd := next((path for (_, path, _), (x, _) in zip(pairs, read, strict=True) if x.shape != read[0][0].shape), None):
         raise UserError(f"{odd} is not of the size of {pairs[0][1]}: a ladder needs pictures of one size")
@@ -179,7 +178,7 @@ def pictures_of(rung: Rung, args: argparse.Namespace, pictures: Pictures, run: C
         return pictures.truth
     run(command(rung, args))
     folder = args.output / rung.name / ("" if rung.script == "baselines.py" else "images")
-    return torch.stack([data.read_image(folder / f"{stem}.png") for stem in pictures.stems])
+    return torch.stack([read_image(folder / f"{stem}.png") for stem in pictures.stems])
 
 
 # ---- report ----
@@ -197,7 +196,7 @@ def add_ratios(rows: list[dict], judge: Judge) -> None:
 
 
 def write_csv(rows: list[dict], judge: Judge, path: Path) -> None:
-    with utils.atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["method", *judge.columns, "n", "command"], lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -241,7 +240,7 @@ def main(argv: list[str] | None = None, run: Callable[[list[str]], None] = run) 
     args = parse_args(argv)
     figures.new_figure(1, 1)    # told before the work, should matplotlib be missing
     pictures, judge = load(args)
-    utils.writable_folder(args.output)
+    writable_folder(args.output)
     columns = shown(args, pictures)
     masked = pictures.truth[columns].masked_fill(pictures.holes[columns], 128)
     rows, table = [], {"input": cells(masked)}
@@ -254,7 +253,7 @@ def main(argv: list[str] | None = None, run: Callable[[list[str]], None] = run) 
     add_ratios(rows, judge)
     text = report(rows, judge, shlex.join(["python", "ladder.py", *(sys.argv[1:] if argv is None else argv)]))
     write_csv(rows, judge, args.output / "ladder.csv")
-    with utils.atomic_write(args.output / "ladder.md") as temporary:
+    with atomic_write(args.output / "ladder.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     figures.picture_table(list(table.values()), list(table), [pictures.stems[i] for i in columns],
                           args.output / "pictures.png", scale=max(1, 128 // pictures.truth.shape[2]))    # fmt: skip
@@ -263,4 +262,4 @@ def main(argv: list[str] | None = None, run: Callable[[list[str]], None] = run) 
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

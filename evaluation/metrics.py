@@ -6,7 +6,6 @@ PSNR, SSIM, L1 and the kernel distance are torchmetrics'; the perceptual distanc
 
 Letters: N, M pictures, D features, R <= D rows of a factor, B batch, H W pixels.
 """
-
 import math
 import warnings
 from collections.abc import Callable

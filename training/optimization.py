@@ -1,0 +1,31 @@
+"""Learning rates and weight averages."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def cosine_rate(step: int, total: int, peak: float, warmup: int) -> float:
+    """Learning rate: linear warm-up over `warmup` steps, then a half cosine down to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, parameters only; call after optimizer.step()."""
+    averages, parameters = zip(*zip(ema.parameters(), model.parameters(), strict=True), strict=True)
+    torch._foreach_lerp_(averages, parameters, 1.0 - decay)    # all at once: hundreds of launches fewer on a GPU
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """Short memory at the start, so that the average forgets the random initialisation: min(decay, (1+t)/(10+t))."""
+    return min(decay, (1 + step) / (10 + step))

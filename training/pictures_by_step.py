@@ -1,0 +1,110 @@
+"""The training pictures of each step, from a folder in memory or from shards."""
+
+import functools
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pictures.folders import load_folder
+from pictures.shards import count_pictures, is_shards, open_shards
+from training.processes import on_main
+from utils import UserError, seeded
+
+
+@dataclass
+class FolderPictures:
+    """A training set in memory."""
+
+    images: Tensor    # (M, 3, size, size) uint8
+    batch_size: int
+    seed: int
+    rank: int
+    processes: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, step: int) -> Tensor:
+        """This process's pictures of a step's batch: positions rank, rank + P, ... of (B, 3, size, size)."""
+        epoch, k = divmod(step, len(self) // self.batch_size)
+        order = epoch_order(len(self), self.seed, epoch)
+        return self.images[order[k * self.batch_size : (k + 1) * self.batch_size][self.rank :: self.processes]]
+
+
+@dataclass
+class ShardPictures:
+    """A training set larger than memory, streamed. Steps are asked for in order; after a gap the stream is opened anew."""
+
+    pattern: str
+    count: int        # pictures in all shards
+    size: int
+    batch_size: int
+    seed: int
+    rank: int
+    processes: int
+    workers: int      # processes that decode ahead; 0: none, decode when asked
+    bad_images: str   # error or skip
+    next_step: int = -1
+    stream: Iterator[Tensor] = iter(())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, step: int) -> Tensor:
+        """This process's pictures of a step's batch, (B / P, 3, size, size)."""
+        epoch, k = divmod(step, self.count // self.batch_size)
+        if step != self.next_step or k == 0:
+            mine = self.batch_size // self.processes
+            shards = open_shards(self.pattern, self.size, batch_size=mine, seed=self.seed, epoch=epoch,
+                                 rank=self.rank, world_size=self.processes, start=k * mine,
+                                 bad_images=self.bad_images)    # fmt: skip
+            # A generator of its own: the loader would draw from the global one, which dropout draws from as well.
+            self.stream = iter(DataLoader(shards, mine, num_workers=self.workers, drop_last=True,
+                                          worker_init_fn=_ignore_signals, generator=torch.Generator()))    # fmt: skip
+        self.next_step = step + 1
+        try:
+            return next(self.stream)
+        except StopIteration:
+            raise UserError(f"{self.pattern} holds fewer pictures than the {self.count} of --train-pictures") from None
+
+
+def _ignore_signals(worker: int) -> None:
+    """A stop request reaches the whole process group; the training process decides when its workers end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictures | ShardPictures:
+    """The training pictures that --train-dir names. Raises if they don't make up one batch."""
+    paths = args.train_dir
+    place = {"seed": c.seed, "rank": accelerator.process_index, "processes": accelerator.num_processes}
+    if args.workers < 0 or (args.train_pictures is not None and args.train_pictures < 1):
+        raise UserError("--workers must be 0 or more and --train-pictures at least 1")
+    if not any(is_shards(path) for path in paths):
+        images = torch.cat([load_folder(path, size, args.bad_images) for path in paths])
+        pictures = FolderPictures(images, c.batch_size, **place)
+    elif len(paths) == 1:
+        shards = open_shards(paths[0], size).urls
+        count = args.train_pictures or on_main(accelerator, lambda: sum(map(count_pictures, shards)))
+        pictures = ShardPictures(paths[0], count, size, c.batch_size, **place, workers=args.workers,
+                                 bad_images=args.bad_images)    # fmt: skip
+    else:
+        raise UserError("--train-dir takes folders, or one quoted pattern of shards such as 'cats-{0000..0099}.tar'")
+    check_one_batch(len(pictures), c)
+    return pictures
+
+
+def check_one_batch(pictures: int, c: Any) -> None:
+    if pictures < c.batch_size:
+        raise UserError(f"{pictures} training pictures are fewer than one batch ({c.batch_size}); lower --batch-size")
+
+
+@functools.lru_cache(maxsize=1)    # asked for at every step, new once an epoch
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits `count` samples: (count,) int64, not to be changed in place."""
+    return torch.randperm(count, generator=seeded(seed, "order", epoch))
