@@ -11,6 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def condition_channels(guess: bool) -> int:
+    """Channels of `condition`: known colours and hole, and with a guess as many again."""
+    return 8 if guess else 4
+
+
+def condition(image: Tensor, mask: Tensor, takes_guess: bool, guess: Tensor | None = None) -> Tensor:
+    """What is known of a picture, as channels: colours with the hole blanked, the hole, and the guess of its content.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1]; what it holds inside the hole is ignored.
+        mask: (B, 1, H, W), 1 = hole.
+        takes_guess: whether there are channels for a guess; they are 0 where `guess` is None.
+        guess: (B, 4, H, W): colours in [-1, 1], and 1 where they are a guess, 0 elsewhere. Outside the hole it is ignored.
+    Returns:
+        (B, 4, H, W), or (B, 8, H, W) with `takes_guess`.
+    """
+    hole = mask.bool()
+    known = image.masked_fill(hole, 0)                                      # not a product, which would let NaN through
+    parts = [known, mask.to(image.dtype)]
+    if takes_guess:
+        if guess is None:
+            parts.append(known.new_zeros(len(known), 4, *known.shape[2:]))
+        else:
+            guessed = hole & guess[:, 3:].bool()                            # (B, 1, H, W)
+            parts += [guess[:, :3].masked_fill(~guessed, 0), guessed.to(image.dtype)]
+    elif guess is not None:
+        raise ValueError("this model takes no guess; use weights trained with vqgan.guess: true")
+    return torch.cat(parts, dim=1)
+
+
 class PixelMLP(nn.Module):
     """Normalise, widen, GELU, narrow, with a residual: the MLP half of a transformer block, at every position alone."""
 
@@ -77,18 +107,23 @@ class ConditionedDecoder(nn.Module):
     Args:
         channels: width at each scale, from the codes to the pixels; one doubling between two scales.
         blocks: residual blocks at each scale.
-        context_dim: features a position that the transformer adds (0: none); see `models.maskgit.MaskGIT.context`.
+        context_dim: features a position that the transformer adds (0: none); see `models.maskgit.Known.context`.
+        guess: whether it also takes a guess of the hole's content; see `condition_channels`.
     """
 
-    def __init__(self, codebook_dim: int, channels: list[int], blocks: list[int], context_dim: int = 0) -> None:
+    def __init__(
+        self, codebook_dim: int, channels: list[int], blocks: list[int], context_dim: int = 0, guess: bool = False
+    ) -> None:
         super().__init__()
+        self.guess = guess
         self.factors = [2**i for i in reversed(range(len(channels)))]    # pixels per position: 4, 2, 1
         self.from_code = nn.Conv2d(codebook_dim, channels[0], 3, padding=1)
         self.from_context = nn.Linear(context_dim, channels[0], bias=False) if context_dim else None
         if context_dim:
             nn.init.zeros_(self.from_context.weight)    # the finish starts from the decoder as stage 1 left it
         self.condition = nn.ModuleList(
-            nn.Conv2d(4 * f * f, c, 3, padding=1) for f, c in zip(self.factors, channels, strict=True)
+            nn.Conv2d(condition_channels(guess) * f * f, c, 3, padding=1)
+            for f, c in zip(self.factors, channels, strict=True)
         )
         self.stages = nn.ModuleList(
             nn.Sequential(*(ConvBlock(c) for _ in range(n))) for n, c in zip(blocks, channels, strict=True)
@@ -100,7 +135,9 @@ class ConditionedDecoder(nn.Module):
             ChannelNorm(channels[-1]), nn.SiLU(), nn.Conv2d(channels[-1], 3, 3, padding=1)
         )
 
-    def forward(self, z_q: Tensor, known: Tensor, mask: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z_q: Tensor, known: Tensor, mask: Tensor, context: Tensor | None = None, guess: Tensor | None = None
+    ) -> Tensor:
         """Decode.
 
         Args:
@@ -108,9 +145,9 @@ class ConditionedDecoder(nn.Module):
             known: (B, 3, H, W) image in [-1, 1]; what it holds inside the hole is ignored.
             mask: (B, 1, H, W), 1 = hole. All ones makes this a plain decoder.
             context: (B, h * w, context_dim), or None. Where nothing is known it is ignored.
+            guess: (B, 4, H, W), see `condition`; needs a decoder made with `guess`.
         """
-        known = known.masked_fill(mask.bool(), 0)                           # not a product, which would let NaN through
-        condition = torch.cat([known, mask.to(known.dtype)], dim=1)         # (B, 4, H, W)
+        condition_ = condition(known, mask, self.guess, guess)              # (B, 4 or 8, H, W)
         x = self.from_code(z_q)                                             # (B, C0, h, w)
         if context is not None:
             context = self.from_context(context).transpose(1, 2)            # (B, C0, h w)
@@ -118,6 +155,6 @@ class ConditionedDecoder(nn.Module):
         for i, f in enumerate(self.factors):
             if i > 0:
                 x = self.widen[i - 1](F.interpolate(x, scale_factor=2))     # (B, Ci, H/f, W/f)
-            x = x + self.condition[i](F.pixel_unshuffle(condition, f))      # (B, Ci, H/f, W/f)
+            x = x + self.condition[i](F.pixel_unshuffle(condition_, f))      # (B, Ci, H/f, W/f)
             x = self.stages[i](x)                                           # (B, Ci, H/f, W/f)
         return self.to_image(x)                                             # (B, 3, H, W)

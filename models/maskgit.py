@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import pictures, quantize
 from .decoding import Round, iterative_decode, places
+from .local_autoencoder import condition, condition_channels
 from .transformer import BidirectionalTransformer, TransformerConfig
 from .vqgan import VQGAN, VQGANConfig
 
@@ -48,18 +49,15 @@ def pixel_to_token_mask(mask: Tensor, stride: int) -> Tensor:
     return F.max_pool2d(mask.float(), kernel_size=stride).flatten(1) > 0.5
 
 
-def patch_pixels(image: Tensor, mask: Tensor, stride: int) -> Tensor:
-    """What is known of each patch: its pixels with the hole blanked, and the hole itself.
+def patch_pixels(
+    image: Tensor, mask: Tensor, stride: int, takes_guess: bool = False, guess: Tensor | None = None
+) -> Tensor:
+    """What is known of each patch, (B, N, 4 * stride**2) or with `takes_guess` (B, N, 8 * stride**2).
 
-    Args:
-        image: (B, 3, H, W) in [-1, 1]; what it holds inside the hole is ignored.
-        mask: (B, 1, H, W), 1 = hole.
-    Returns:
-        (B, N, 4 * stride**2).
+    Arguments as in `models.local_autoencoder.condition`.
     """
-    known = image.masked_fill(mask.bool(), 0)                              # (B, 3, H, W)
-    known = torch.cat([known, mask.to(image.dtype)], dim=1)                # (B, 4, H, W)
-    return F.pixel_unshuffle(known, stride).flatten(2).transpose(1, 2)     # (B, N, 4 stride^2)
+    known = condition(image, mask, takes_guess, guess)                     # (B, 4 or 8, H, W)
+    return F.pixel_unshuffle(known, stride).flatten(2).transpose(1, 2)     # (B, N, 4 or 8 stride^2)
 
 
 def check_whole_numbers(**values: int) -> None:
@@ -93,9 +91,11 @@ class MaskGIT(
             )
         if transformer.seq_len != vqgan.grid**2:
             raise ValueError(f"transformer.seq_len must be {vqgan.grid**2}, the VQGAN's tokens, got {transformer.seq_len}")
-        if transformer.pixel_dim not in (0, 4 * vqgan.stride**2):
+        channels = condition_channels(vqgan.guess)
+        if transformer.pixel_dim not in (0, channels * vqgan.stride**2):
             raise ValueError(
-                f"transformer.pixel_dim must be 0 or {4 * vqgan.stride**2} (4 numbers a pixel), got {transformer.pixel_dim}"
+                f"transformer.pixel_dim must be 0 or {channels * vqgan.stride**2} ({channels} numbers a pixel), "
+                f"got {transformer.pixel_dim}"
             )
         if vqgan.context_dim not in (0, transformer.embed_dim):
             raise ValueError(
@@ -162,8 +162,9 @@ class MaskGIT(
 
     @torch.no_grad()
     def complete(
-        self, image: Tensor, mask: Tensor, seeds: Sequence[int], precision: str | None = None, **options: Any
-    ) -> Completion:
+        self, image: Tensor, mask: Tensor, seeds: Sequence[int], precision: str | None = None, guess: Tensor | None = None,
+        **options: Any,
+    ) -> Completion:    # fmt: skip
         """Complete a batch of pictures of the model's own size, each with a hole of its own.
 
         Args:
@@ -172,6 +173,7 @@ class MaskGIT(
             seeds: B numbers; a picture's completion depends on its own seed only.
             precision: 'fp32' or 'bf16' (two to three times as fast where the hardware knows it) for transformer and
                 decoder; None leaves it to the caller's autocast, that is float32 outside of any.
+            guess: (B, 4, H, W) of the hole's content, see `models.local_autoencoder.condition`.
             options: see `models.decoding.iterative_decode`.
         Returns:
             The decoded pictures (nothing is pasted here) and the rounds.
@@ -180,14 +182,14 @@ class MaskGIT(
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
         if precision is not None:
             with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                return self.complete(image, mask, seeds, **options)
-        known = self.known(image, mask)
+                return self.complete(image, mask, seeds, guess=guess, **options)
+        known = self.known(image, mask, guess)
         rounds = self.complete_tokens(known, seeds, **options)
-        return Completion(self.decode(rounds[-1].tokens, image, mask, known.context), rounds, known)
+        return Completion(self.decode(rounds[-1].tokens, image, mask, known.context, guess), rounds, known)
 
     @torch.no_grad()
-    def known(self, image: Tensor, mask: Tensor) -> Known:
-        """The known part of a batch of pictures; image and mask as in `complete`.
+    def known(self, image: Tensor, mask: Tensor, guess: Tensor | None = None) -> Known:
+        """The known part of a batch of pictures; image and mask as in `complete`, guess as in `condition`.
 
         A sampled token is one guess out of many. A decoder that was finished with the context, the transformer's features
         while the whole hole is still masked, sees how sure that guess was and what the others were. Our addition.
@@ -196,13 +198,14 @@ class MaskGIT(
         image = image.masked_fill(mask.bool(), 0)                           # nothing behind the hole gets any further
         hidden = pixel_to_token_mask(mask, self.vqgan.config.stride)        # (B, N)
         tokens = torch.where(hidden, self.mask_token_id, self.vqgan.encode(image))
-        pixels = self.pixels_of(image, mask)
+        pixels = self.pixels_of(image, mask, guess)
         context = self.transformer.features(tokens, pixels) if self.vqgan.config.context_dim else None
         return Known(tokens, hidden, pixels, context)
 
-    def pixels_of(self, image: Tensor, mask: Tensor) -> Tensor | None:
+    def pixels_of(self, image: Tensor, mask: Tensor, guess: Tensor | None = None) -> Tensor | None:
         """The transformer's second input, or None where it has none."""
-        return patch_pixels(image, mask, self.vqgan.config.stride) if self.transformer.config.pixel_dim else None
+        c = self.vqgan.config
+        return patch_pixels(image, mask, c.stride, c.guess, guess) if self.transformer.config.pixel_dim else None
 
     @torch.no_grad()
     def complete_tokens(self, known: Known, seeds: Sequence[int], **options: Any) -> list[Round]:
@@ -233,14 +236,16 @@ class MaskGIT(
             features = features.flatten(0, 1)[filled]                             # (M + a few, D)
         return self.transformer.exact_logits(features, filled)[: len(wanted)]     # (M, K)
 
-    def decode(self, tokens: Tensor, image: Tensor, mask: Tensor, context: Tensor | None = None) -> Tensor:
+    def decode(
+        self, tokens: Tensor, image: Tensor, mask: Tensor, context: Tensor | None = None, guess: Tensor | None = None
+    ) -> Tensor:
         """Tokens (B, N) to pictures (B, 3, H, W) in [-1, 1], guided by the known pixels where the decoder takes them.
 
         `context` (B, N, D) is computed where the decoder takes it and it is not given.
         """
         if context is None and self.vqgan.config.context_dim:
-            context = self.known(image, mask).context
-        return self.vqgan.decode(tokens, image, mask, context).float().clamp(-1, 1)
+            context = self.known(image, mask, guess).context
+        return self.vqgan.decode(tokens, image, mask, context, guess).float().clamp(-1, 1)
 
     def inpaint(
         self,

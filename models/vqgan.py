@@ -36,6 +36,7 @@ class VQGANConfig:
     decoder_channels: list[int] = field(default_factory=lambda: [192, 96, 48])
     decoder_blocks: list[int] = field(default_factory=lambda: [4, 3, 2])
     context_dim: int = 0          # conditioned only: width of the transformer's features that it sees, 0 until the finish
+    guess: bool = False           # conditioned only: take a guess of the hole's content, see local_autoencoder.condition
     decoder_up: list[int] = field(default_factory=lambda: [0, 2])    # reference only: stages that end by doubling
 
     attention_size: int = 16      # reference only: rows of the feature maps that get attention
@@ -51,6 +52,8 @@ class VQGANConfig:
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of stride ({self.stride})")
         if self.context_dim < 0 or self.context_dim and self.decoder != "conditioned":
             raise ValueError(f"context_dim must be 0, or above it with the conditioned decoder, got {self.context_dim}")
+        if self.guess and self.decoder != "conditioned":
+            raise ValueError("guess needs the conditioned decoder")
         for name in ("codebook_size", "codebook_dim", "encoder_width", "encoder_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -100,7 +103,7 @@ class VQGAN(nn.Module):
             self.encoder = Encoder(c.encoder_channels, c.encoder_down, c.codebook_dim, c.image_size, c.attention_size)
         self.codebook = Codebook(c.codebook_size, c.codebook_dim, c.l2_normalize, c.commitment)
         if self.conditioned:
-            self.decoder = ConditionedDecoder(c.codebook_dim, c.decoder_channels, c.decoder_blocks, c.context_dim)
+            self.decoder = ConditionedDecoder(c.codebook_dim, c.decoder_channels, c.decoder_blocks, c.context_dim, c.guess)
         else:
             self.decoder = Decoder(c.decoder_channels, c.decoder_up, c.codebook_dim, c.grid, c.attention_size)
 
@@ -125,24 +128,27 @@ class VQGAN(nn.Module):
             return self.codebook(self.encoder(image.float())).indices.flatten(1)
 
     def decode(
-        self, tokens: Tensor, known: Tensor | None = None, mask: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, known: Tensor | None = None, mask: Tensor | None = None, context: Tensor | None = None,
+        guess: Tensor | None = None,
+    ) -> Tensor:    # fmt: skip
         """Tokens to pixels.
 
         Args:
             tokens: (B, N) in [0, K).
             known, mask: (B, 3, H, W) image and (B, 1, H, W) hole (both or neither) for the conditioned decoder, which
                 without them decodes as if nothing were known; the reference decoder has no use for them.
-            context: (B, N, context_dim) of `MaskGIT.context`; without it the decoder works from the rest.
+            context: (B, N, context_dim) of `MaskGIT.known`; without it the decoder works from the rest.
+            guess: (B, 4, H, W) of the hole's content, see `models.local_autoencoder.condition`.
         Returns:
             (B, 3, H, W), about [-1, 1], not clamped.
         """
         grid = self.config.grid
-        return self.decode_latents(self.codebook.lookup(tokens.view(len(tokens), grid, grid)), known, mask, context)
+        return self.decode_latents(self.codebook.lookup(tokens.view(len(tokens), grid, grid)), known, mask, context, guess)
 
     def decode_latents(
-        self, z_q: Tensor, known: Tensor | None = None, mask: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
+        self, z_q: Tensor, known: Tensor | None = None, mask: Tensor | None = None, context: Tensor | None = None,
+        guess: Tensor | None = None,
+    ) -> Tensor:    # fmt: skip
         """Like `decode`, from (B, codebook_dim, h, w) codes."""
         if not self.conditioned:
             return self.decoder(z_q)
@@ -152,4 +158,4 @@ class VQGAN(nn.Module):
             size = self.config.image_size
             known = torch.zeros(len(z_q), 3, size, size, device=z_q.device)
             mask = torch.ones(len(z_q), 1, size, size, device=z_q.device)
-        return self.decoder(z_q, known, mask, context)
+        return self.decoder(z_q, known, mask, context, guess)
