@@ -578,7 +578,7 @@ def test_statistics_of_another_network_or_other_pictures_are_refused(folders, co
 
 
 def test_statistics_too_large_to_keep_are_saved_as_moments(tmp_path, colour, monkeypatch):
-    monkeypatch.setattr("features.MAX_SAVED_NUMBERS", 5)
+    monkeypatch.setattr("evaluation.features.MAX_SAVED_NUMBERS", 5)
     network, images = load_features(colour), random_images(4)
     saved = Statistics.of(network, images, ["a", "b", "c", "d"])
     saved.save(tmp_path / "s.npz")

@@ -16,7 +16,6 @@ from training.checkpoints import Progress, save_checkpoint, save_last
 from training.logger import Logger
 from training.processes import agreed_signal
 from training.stopping import NotFinite, StopRequest
-from training.weights import export_model
 from utils import seeded
 
 MAX_SKIPPED = 10    # steps that --on-nan skip leaves out before it gives up
@@ -88,8 +87,8 @@ def training_loop(
                     progress.best = scores["val_loss"]
                     if main:
                         save_checkpoint(folder / "best.pt", state() | asdict(progress))
-                        if export_model:
-                            export_model()
+                        if export:
+                            export()
                 clock = Clock()
             stopped = agreed_signal(stop, accelerator)
             if main and (is_due(progress.step, c.save_every, total) or stopped):

@@ -108,8 +108,8 @@ def errors_told_once(accelerator: Any, folder: str) -> Iterator[None]:
 def local_batches(accelerator: Any, *tensors: Tensor, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
     """This process's rows of tensors of equal length, in batches, on its device."""
     mine = [tensor[accelerator.process_index :: accelerator.num_processes] for tensor in tensors]
-    for start_accelerator in range(0, len(mine[0]), batch_size):
-        yield tuple(tensor[start_accelerator : start_accelerator + batch_size].to(accelerator.device) for tensor in mine)
+    for start in range(0, len(mine[0]), batch_size):
+        yield tuple(tensor[start : start + batch_size].to(accelerator.device) for tensor in mine)
 
 
 def make_accelerator(device: str, precision: str, handlers: list[Any] = ()):

@@ -80,7 +80,7 @@ class Captured:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        pool = None if in_side_stream is None else in_side_stream.graph.pool()
+        pool = None if beside is None else beside.graph.pool()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs = function(*self.inputs)
 
