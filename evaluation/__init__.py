@@ -1,0 +1,1 @@
+"""Scores of pictures: feature networks, metrics, baselines, figures."""

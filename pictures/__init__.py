@@ -1,0 +1,1 @@
+"""Image and mask files: finding, pairing, reading, writing, holes, views, folders and shards."""

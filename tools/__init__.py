@@ -1,0 +1,1 @@
+"""Commands for everything besides completing, scoring and training: `python -m tools.NAME --help`."""
