@@ -34,10 +34,11 @@ def complaints(path: Path) -> list[str]:
     # models/ is installed under another name, so it may not even import itself by name.
     allowed = set() if part == "models" else MAY_IMPORT.get(part, set(MAY_IMPORT)) | {part}
     found = [f"{part} must not import {name}" for name in sorted(imported_parts(tree) - allowed)]
+    if text.count("\n") > MOST_LINES[ast.Module]:
+        found.append(f"the file has more than {MOST_LINES[ast.Module]} lines")
     for node in ast.walk(tree):
-        lines = text.count("\n") if isinstance(node, ast.Module) else getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
-        if lines > MOST_LINES.get(type(node), lines):
-            found.append(f"{getattr(node, 'name', 'the file')} has {lines} lines, at most {MOST_LINES[type(node)]} are allowed")
+        if isinstance(node, ast.stmt) and node.end_lineno - node.lineno >= MOST_LINES.get(type(node), 10_000):
+            found.append(f"{node.name} has more than {MOST_LINES[type(node)]} lines")
     return found
 
 
