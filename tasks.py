@@ -66,6 +66,6 @@ def usable_pairs(args: argparse.Namespace) -> list[Pair]:
 
 def load_model(path: str | Path, device: torch.device) -> MaskGIT:
     try:
-        return MaskGIT.from_file(path).to(device)
+        return MaskGIT.from_pretrained(path).to(device)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEVELS = 2**16    # on a CPU the share that `dropout` drops is rounded to 1 / LEVELS
+LEVELS = 2**16    # on a CPU `dropout` rounds the share to 1 / LEVELS
 MURMUR = (0x85EBCA6B, 0xC2B2AE35)    # multipliers of MurmurHash3's finalizer
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm over the channels of a head, in the precision of its input (mixed precisions would miss the fast kernel)."""
+    """RMS norm over the channels of a head, in the precision of its input: the fast attention kernel takes one precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -47,8 +47,7 @@ class MultiHeadAttention(nn.Module):
         qkv = self.qkv(x).view(B, N, self.num_heads, 3 * self.head_dim)    # (B, N, heads, 3 d)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)                     # each (B, heads, N, d)
         q, k = self.q_norm(q), self.k_norm(k)
-        # On CPUs the fused kernel takes twice as long as two matrix products in bfloat16; in float32 it is the faster one,
-        # but knows no dropout.
+        # On a CPU the fused kernel is slower where it drops weights, and in bfloat16 takes twice the time.
         slow = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or (self.training and self.dropout > 0))
         attend = self._fused if self.fused and not slow else self._explicit
         out = attend(q, k, v)                                              # (B, heads, N, d)
@@ -64,11 +63,11 @@ class MultiHeadAttention(nn.Module):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Set a share of the values to 0 and scale the others, so that the mean stays; outside of training the values as given.
+    """Set a random share of the values to 0 and scale up the others (Srivastava et al. 2014, JMLR 15), in training only.
 
-    Srivastava et al. 2014, JMLR 15. On a CPU PyTorch draws a number of a serial generator for every value, which was three
-    eighths of a training step of the 72.7 M transformer; here a number of 64 bits serves four values. Compiled, it would run
-    ten rounds of Philox for every value, which took longer than to read and write them; see `hashed`.
+    PyTorch's dropout draws one random number for each value. On a CPU that was 3/8 of a training step of the 72.7 M
+    transformer: here one number of 64 bits serves four values. In a compiled kernel on a GPU drawing the numbers took longer
+    than reading and writing the values: there they come from a hash, see `hashed`.
 
     Args:
         x: any shape, floating point.
@@ -93,20 +92,20 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def hashed(shape: torch.Size, seeds: Tensor) -> Tensor:
-    """Numbers in [-2^31, 2^31), int32, each a hash of its place and the seeds (2,) int32.
+    """Random int32 numbers of a shape: each is a hash of its position and the seeds (2,) int32.
 
-    MurmurHash3's finalizer (Appleby 2011) without its last shift, which concerns the low bits. A compiler makes one kernel
-    of it and what uses it, and makes the numbers anew in the backward pass: nothing is stored.
+    MurmurHash3's finalizer (Appleby 2011) without its last shift, which changes low bits only. The compiler fuses it with
+    what uses the numbers, and computes them again in the backward pass instead of storing them.
     """
     x = torch.arange(shape.numel(), dtype=torch.int32, device=seeds.device).view(shape)
     for seed, multiplier, shift in zip(seeds, MURMUR, (16, 13), strict=True):
         x = x ^ seed
-        x = (x ^ (x >> shift & 2 ** (32 - shift) - 1)) * (multiplier - 2**32)             # a shift without the sign
+        x = (x ^ (x >> shift & 2 ** (32 - shift) - 1)) * (multiplier - 2**32)             # logical shift, wrapping product
     return x                                                                              # same shape
 
 
 class Dropout(nn.Dropout):
-    """PyTorch's layer, which checks p, with the `dropout` above."""
+    """`dropout` as a layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, self.training)

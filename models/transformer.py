@@ -1,50 +1,44 @@
 """Bidirectional transformer over visual tokens (Chang et al. 2022, MaskGIT, section 3.2; Devlin et al. 2019, BERT).
 
-Tokens in, logits over the codebook out. `mask_token_id` (= codebook_size) marks the tokens to be predicted. Optionally every
-token also sees the pixels of its own patch and which of them are missing: a partly known patch has no token, but its known
-pixels say a lot.
+Tokens in, logits over the codebook out. `mask_token_id` (= codebook_size) marks the tokens to be predicted. Optionally each
+position also gets the known pixels of its own patch: a patch that touches the hole has no token, yet may be partly known.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .attention import Dropout, MultiHeadAttention
+from .config import STRICT, Count, Share
 
 
-@dataclass
+@dataclass(config=STRICT)
 class TransformerConfig:
-    codebook_size: int = 1024         # K; ids 0..K-1 are image tokens, K itself is the mask token
-    seq_len: int = 256                # N = h * w
-    embed_dim: int = 768              # D
-    depth: int = 15                   # blocks
-    num_heads: int = 16               # must divide embed_dim
-    mlp_dim: int = 1536               # hidden width of a block's MLP
-    dropout: float = 0.1              # on embeddings and on each block's two outputs
-    attention_dropout: float = 0.1    # on attention weights
-    pre_norm: bool = False            # normalise before each sub-layer (Xiong et al. 2020) instead of after it
-    qk_norm: bool = False             # RMS-normalise queries and keys
-    pixel_dim: int = 0                # numbers per token of its own pixels and hole; 0: tokens only, as in the reference
+    codebook_size: Count = 1024         # K; ids 0..K-1 are image tokens, K itself is the mask token
+    seq_len: Count = 256                # N = h * w
+    embed_dim: Count = 768              # D
+    depth: Count = 15                   # blocks
+    num_heads: Count = 16               # must divide embed_dim
+    mlp_dim: Count = 1536               # hidden width of a block's MLP
+    dropout: Share = 0.1                # on embeddings and on each block's two outputs
+    attention_dropout: Share = 0.1      # on attention weights
+    pre_norm: bool = False              # normalise before each sub-layer (Xiong et al. 2020) instead of after it
+    qk_norm: bool = False               # RMS-normalise queries and keys
+    pixel_dim: Annotated[int, Field(ge=0)] = 0    # numbers per token of its own pixels and hole; 0: tokens only
 
     def __post_init__(self) -> None:
-        for name in ("codebook_size", "seq_len", "embed_dim", "depth", "num_heads", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.pixel_dim < 0:
-            raise ValueError(f"pixel_dim must be 0 or more, got {self.pixel_dim}")
         if self.embed_dim % self.num_heads != 0:
             raise ValueError(f"embed_dim ({self.embed_dim}) must be divisible by num_heads ({self.num_heads})")
 
 
 @functools.cache
-def compiled(function: Callable) -> Callable:
-    """torch.compile of a function, made when it is first needed: the compiler takes a second to import."""
+def compile_once(function: Callable) -> Callable:
+    """torch.compile of a function, when it is first needed: the compiler takes a second to import."""
     return torch.compile(function)
 
 
@@ -61,22 +55,22 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, config.mlp_dim), nn.GELU(), nn.Linear(config.mlp_dim, D))
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """x: (B, N, D).  Returns (B, N, D), or (M, D) at the M flat positions `wanted`: the MLP sees each token alone."""
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """x: (B, N, D).  Returns (B, N, D), or (M, D) at the flat positions (M,), as the MLP sees each token alone."""
         seen = self.attention(self.norm1(x) if self.pre_norm else x)                # (B, N, D)
         x, dtype = x + self.dropout(seen), seen.dtype
         if self.training and torch.compiler.is_compiling():
-            # In two parts x is there for both backward passes; in one, the compiler makes it anew: 8 % more memory traffic.
+            # Without the break the compiler computes x a second time in the backward pass: 8 % more memory traffic.
             torch._dynamo.graph_break()
-        if wanted is not None:
-            x = x.flatten(0, 1)[wanted]                                             # (M, D)
+        if positions is not None:
+            x = x.flatten(0, 1)[positions]                                             # (M, D)
         if self.pre_norm:
             return x + self.dropout(self.mlp(self.norm2(x)))
         x = self.normalise(self.norm1, x, dtype)
         return self.normalise(self.norm2, x + self.dropout(self.mlp(x)), dtype)
 
     def normalise(self, norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Autocast lets a norm give float32; in training half of that is kept, as what comes next multiplies in half."""
+        """Under autocast a norm returns float32. In training `dtype` (bfloat16) is kept for the next matrix product."""
         return norm(x).to(dtype) if self.training else norm(x)
 
 
@@ -127,82 +121,83 @@ class BidirectionalTransformer(nn.Module):
                     layer.weight.data.mul_((2 * self.config.depth) ** -0.5)
 
     def compile_blocks(self) -> None:
-        """torch.compile for every block: for the shapes that it meets, and the last one for any number of tokens.
+        """Compile every block with torch.compile: the last one for any number of tokens, the others for fixed shapes.
 
-        What comes before and after them is compiled as well, see `like_blocks`.
+        What comes before and after the blocks is compiled as well, see `compiled_like_blocks`.
         """
         self.compiled = True
         for block in self.blocks[:-1]:
             block.compile(dynamic=False)
         self.blocks[-1].compile()
 
-    def like_blocks(self, function: Callable) -> Callable:
-        """The function, compiled where the blocks are."""
-        return compiled(function) if self.compiled else function
+    def compiled_like_blocks(self, function: Callable) -> Callable:
+        """The function, compiled if the blocks are."""
+        return compile_once(function) if self.compiled else function
 
-    def of_any_number(self, x: Tensor | None) -> Tensor | None:
-        """The same tensor. M differs from call to call: what is compiled and takes x is compiled once for all."""
+    def mark_dynamic(self, x: Tensor | None) -> Tensor | None:
+        """Marks M, the size of x in dimension 0, as dynamic, so that torch.compile does not recompile when it changes."""
         if self.compiled and x is not None:
             torch._dynamo.maybe_mark_dynamic(x, 0)
         return x
 
-    def forward(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, pixels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits over the codebook for every position, or for some.
 
         Args:
             tokens: (B, N) int64 in [0, K]; K is the mask token.
             pixels: (B, N, pixel_dim) masked pixels and hole of each patch; needed if and only if `pixel_dim` > 0.
-            wanted: (M,) positions b * N + n whose logits are needed; saves the others' share of the last MLP and the head.
+            positions: (M,) flat positions b * N + n whose logits are needed, which saves the last MLP and the head of the
+                others; None is all of them.
         Returns:
-            (B, N, K), or (M, K) for the `wanted` ones: the mask token itself can't be predicted, in training or in decoding.
+            (B, N, K) or (M, K). The mask token has no logit: it can't be predicted, in training or in decoding.
         """
-        return self.predict(self.trunk(tokens, pixels, wanted), wanted)
+        return self.predict(self.trunk(tokens, pixels, positions), positions)
 
-    def features(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        """What the transformer knows of every position, or of some: (B, N, D) or (M, D), normalised. Arguments as above.
+    def features(self, tokens: Tensor, pixels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """The normalised features that the logits are linear in, (B, N, D) or (M, D). Arguments as in `forward`.
 
-        The logits are linear in them. In float32, whatever autocast says: a small part of the work, which decides between
-        codes that are nearly tied.
+        Always in float32: it is a small part of the work, and decides between codes that are nearly tied.
         """
-        return self.exact_features(self.trunk(tokens, pixels, wanted))
+        return self.exact_features(self.trunk(tokens, pixels, positions))
 
-    def trunk(self, tokens: Tensor, pixels: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        """What comes out of the last block, (B, N, D) or (M, D). Arguments as above."""
+    def trunk(self, tokens: Tensor, pixels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Output of the last block, (B, N, D) or (M, D). Arguments as in `forward`."""
         if (pixels is None) != (self.pixel_embed is None):
             raise ValueError(
                 f"this transformer was made with pixel_dim={self.config.pixel_dim}, "
                 f"so `pixels` must {'' if self.pixel_embed else 'not '}be given"
             )
-        x = self.like_blocks(BidirectionalTransformer.embed)(self, tokens, pixels)  # (B, N, D)
+        embed = self.compiled_like_blocks(BidirectionalTransformer.embed)
+        x = embed(self, tokens, pixels)                                             # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)                                                            # (B, N, D)
-        return self.of_any_number(self.blocks[-1](x, self.of_any_number(wanted)))   # (B, N, D) or (M, D)
+        return self.mark_dynamic(self.blocks[-1](x, self.mark_dynamic(positions)))  # (B, N, D) or (M, D)
 
     def embed(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
-        """What goes into the first block, (B, N, D)."""
+        """Input of the first block, (B, N, D)."""
         x = self.token_embed(tokens) + self.pos_embed                               # (B, N, D)
         if pixels is not None:
             x = x + self.pixel_embed(pixels)                                        # (B, N, D)
         return self.dropout(self.embed_norm(x))                                     # (B, N, D)
 
-    def predict(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """From the `trunk` to the logits; in float32 outside of training."""
+    def predict(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """From the output of `trunk` to the logits; in float32 outside of training."""
         if self.training:
-            return self.logits(self.head(self.final_norm(x)), wanted)
-        return self.exact_logits(self.exact_features(x), wanted)
+            return self.logits(self.head(self.final_norm(x)), positions)
+        return self.exact_logits(self.exact_features(x), positions)
 
     def exact_features(self, x: Tensor) -> Tensor:
-        """From the `trunk` to the `features`."""
+        """From the output of `trunk` to the `features`."""
         with torch.autocast(x.device.type, enabled=False):
             return self.head(self.final_norm(x.float()))                            # like x
 
-    def exact_logits(self, features: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """`logits` in float32, whatever autocast says."""
+    def exact_logits(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
+        """`logits`, always in float32."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.logits(features.float(), wanted)
+            return self.logits(features.float(), positions)
 
-    def logits(self, features: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def logits(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
         """`features` (B, N, D) to (B, N, K), or (M, D) to (M, K)."""
         K, N = self.config.codebook_size, self.config.seq_len
-        bias = self.bias[:, :K] if wanted is None else self.bias[wanted % N, :K]    # (N, K) or (M, K)
-        return features @ self.token_embed.weight[:K].T.to(features.dtype) + bias    # (B, N, K) or (M, K)
+        bias = self.bias[:, :K] if positions is None else self.bias[positions % N, :K]     # (N, K) or (M, K)
+        return features @ self.token_embed.weight[:K].T.to(features.dtype) + bias          # (B, N, K) or (M, K)

@@ -1,87 +1,73 @@
 """VQGAN, stage 1: encoder, codebook, decoder (Esser et al. 2021, https://arxiv.org/abs/2012.09841)."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .autoencoder import Decoder, Encoder
 from .codebook import Codebook, Quantized
+from .config import STRICT, Count
 from .local_autoencoder import ConditionedDecoder, LocalEncoder
 
-ENCODERS = ("local", "reference")
-DECODERS = ("conditioned", "reference")
+Counts = Annotated[list[Count], Field(min_length=1)]
 
 
-@dataclass
+@dataclass(config=STRICT)
 class VQGANConfig:
-    image_size: int = 64          # H = W in pixels
-    stride: int = 4               # pixels per token side, a power of two; h = w = image_size / stride
-    codebook_size: int = 1024     # K
-    codebook_dim: int = 8         # channels of a code
+    image_size: Count = 64        # H = W in pixels
+    stride: Count = 4             # pixels per token side, a power of two; h = w = image_size / stride
+    codebook_size: Count = 1024   # K
+    codebook_dim: Count = 8       # channels of a code
     l2_normalize: bool = True     # compare latents and codes by direction
-    commitment: float = 0.25      # weight of the commitment term
-    encoder: str = "local"        # one of ENCODERS
-    decoder: str = "conditioned"  # one of DECODERS
+    commitment: Annotated[float, Field(ge=0)] = 0.25    # weight of the commitment term
+    encoder: Literal["local", "reference"] = "local"
+    decoder: Literal["conditioned", "reference"] = "conditioned"
 
     # local encoder
-    encoder_width: int = 256      # channels of a patch
-    encoder_depth: int = 2        # per-patch MLPs
+    encoder_width: Count = 256    # channels of a patch
+    encoder_depth: Count = 2      # per-patch MLPs
 
     # reference encoder: width of the stem and of each stage; stages that end by halving
-    encoder_channels: list[int] = field(default_factory=lambda: [128, 128, 128, 256, 256, 512])
+    encoder_channels: Counts = field(default_factory=lambda: [128, 128, 128, 256, 256, 512])
     encoder_down: list[int] = field(default_factory=lambda: [2, 4])
 
     # conditioned decoder: one width and one number of blocks a scale. Reference decoder: one width a stage.
-    decoder_channels: list[int] = field(default_factory=lambda: [192, 96, 48])
-    decoder_blocks: list[int] = field(default_factory=lambda: [4, 3, 2])
-    context_dim: int = 0          # conditioned only: width of the transformer's features that it sees, 0 until the finish
+    decoder_channels: Counts = field(default_factory=lambda: [192, 96, 48])
+    decoder_blocks: list[Annotated[int, Field(ge=0)]] = field(default_factory=lambda: [4, 3, 2])
+    context_dim: Annotated[int, Field(ge=0)] = 0    # conditioned only: width of the transformer's features that it sees
     guess: bool = False           # conditioned only: take a guess of the hole's content, see local_autoencoder.condition
     decoder_up: list[int] = field(default_factory=lambda: [0, 2])    # reference only: stages that end by doubling
 
-    attention_size: int = 16      # reference only: rows of the feature maps that get attention
+    attention_size: Count = 16    # reference only: rows of the feature maps that get attention
 
     def __post_init__(self) -> None:
-        if self.encoder not in ENCODERS:
-            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
-        if self.decoder not in DECODERS:
-            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
-        if self.stride < 1 or self.stride & (self.stride - 1):
+        if self.stride & (self.stride - 1):
             raise ValueError(f"stride must be a power of two, got {self.stride}")
-        if self.image_size < self.stride or self.image_size % self.stride:
+        if self.image_size % self.stride:
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of stride ({self.stride})")
-        if self.context_dim < 0 or self.context_dim and self.decoder != "conditioned":
-            raise ValueError(f"context_dim must be 0, or above it with the conditioned decoder, got {self.context_dim}")
-        if self.guess and self.decoder != "conditioned":
-            raise ValueError("guess needs the conditioned decoder")
-        for name in ("codebook_size", "codebook_dim", "encoder_width", "encoder_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.commitment < float("inf"):
-            raise ValueError(f"commitment must be 0 or more, got {self.commitment}")
-        self._check_scales()
-
-    def _check_scales(self) -> None:
         scales = self.stride.bit_length()    # stride 4: the scales 1/4, 1/2 and 1
-        for name in ("encoder_channels", "decoder_channels"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must list widths of at least 1, got {getattr(self, name)}")
-        for used, name, stages in (
-            (self.encoder == "reference", "encoder_down", len(self.encoder_channels) - 1),
-            (self.decoder == "reference", "decoder_up", len(self.decoder_channels)),
-        ):
-            named = set(getattr(self, name))
-            if used and not (len(named) == scales - 1 and named <= set(range(stages))):
-                raise ValueError(
-                    f"{name} must name {scales - 1} of the {stages} stages, counted from 0, for stride {self.stride}, "
-                    f"got {getattr(self, name)}"
-                )
-        if min(self.decoder_blocks, default=0) < 0:
-            raise ValueError(f"decoder_blocks must be 0 or more at every scale, got {self.decoder_blocks}")
-        if self.decoder == "conditioned" and not len(self.decoder_channels) == len(self.decoder_blocks) == scales:
+        if self.encoder == "reference":
+            self._check_stages("encoder_down", len(self.encoder_channels) - 1, scales - 1)
+        if self.decoder == "reference":
+            if self.context_dim or self.guess:
+                raise ValueError("decoder must be 'conditioned' for a context_dim or a guess")
+            self._check_stages("decoder_up", len(self.decoder_channels), scales - 1)
+        elif not len(self.decoder_channels) == len(self.decoder_blocks) == scales:
             raise ValueError(
                 f"decoder_channels and decoder_blocks need {scales} entries each, one for every scale that stride "
                 f"{self.stride} makes, got {self.decoder_channels} and {self.decoder_blocks}"
+            )
+
+    def _check_stages(self, name: str, stages: int, count: int) -> None:
+        named = set(getattr(self, name))
+        if len(named) != count or not named <= set(range(stages)):
+            raise ValueError(
+                f"{name} must name {count} of the {stages} stages, counted from 0, for stride {self.stride}, "
+                f"got {getattr(self, name)}"
             )
 
     @property

@@ -31,5 +31,5 @@ def traced(monkeypatch) -> list[torch.nn.Module | Callable]:
         return torch.compile(f, backend="eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", module)
-    monkeypatch.setattr(transformer, "compiled", function)
+    monkeypatch.setattr(transformer, "compile_once", function)
     return seen

@@ -66,8 +66,8 @@ def refused(script, *argv) -> str:
 
 
 def test_the_finish_changes_the_decoder_alone(runs):
-    before = MaskGIT.from_file(runs / "maskgit/maskgit.safetensors").state_dict()
-    after = MaskGIT.from_file(runs / "finish/maskgit.safetensors").state_dict()
+    before = MaskGIT.from_pretrained(runs / "maskgit/maskgit.safetensors").state_dict()
+    after = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("vqgan.decoder.") for name in changed)
     assert after.keys() - before.keys() == {"vqgan.decoder.from_context.weight"}
@@ -76,7 +76,7 @@ def test_the_finish_changes_the_decoder_alone(runs):
 
 def test_the_finish_without_a_context_adds_nothing(runs, tmp_path):
     finish(runs, tmp_path / "out", "--set", "train_finish.context=false", "--epochs", "1")
-    model = MaskGIT.from_file(tmp_path / "out/maskgit.safetensors")
+    model = MaskGIT.from_pretrained(tmp_path / "out/maskgit.safetensors")
     assert model.vqgan.config.context_dim == 0 and model.vqgan.decoder.from_context is None
 
 
@@ -103,7 +103,7 @@ def test_the_finish_resumes_where_it_stopped(runs, tmp_path):
     reused = ["--set", "train_finish.reuse=3", "--set", "train_finish.decoder_blocks=[2,1,3]"]
     whole = finish(runs, tmp_path / "whole", *reused)
     assert whole["ema"]["stages.2.2.layers.3.weight"].abs().max() > 0    # it began at zero
-    assert MaskGIT.from_file(tmp_path / "whole/maskgit.safetensors").vqgan.config.decoder_blocks == [2, 1, 3]
+    assert MaskGIT.from_pretrained(tmp_path / "whole/maskgit.safetensors").vqgan.config.decoder_blocks == [2, 1, 3]
     previous = tmp_path / "whole/previous.pt"    # written every 2 steps: the state after step 2 of 4
     assert load_checkpoint(previous, training_finish.KIND)["step"] == 2
     again = finish(runs, tmp_path / "again", "--resume", previous, *reused)
@@ -182,7 +182,7 @@ def test_a_second_network_teaches_the_decoder(runs, tmp_path, new_accelerator):
 def test_the_first_network_looks_at_the_hole_and_the_second_at_the_whole_picture(runs, monkeypatch):
     """With networks that see the pixels as they are, in a hole of a quarter: one mean is four times the other."""
     monkeypatch.setattr(training_finish, "adversarial_terms", lambda *_: {})
-    model = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    model = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
     config = training_finish.FinishConfig(batch_size=4, perceptual=1.0, sampled_perceptual=1.0, second_perceptual=1.0)
     given = {field: None for field in training_finish.Run.__dataclass_fields__}
     parts = {"model": model, "decoder": model.vqgan.decoder, "features": lambda x: [x], "second": lambda x: [x]}
@@ -201,7 +201,7 @@ def test_the_first_network_looks_at_the_hole_and_the_second_at_the_whole_picture
 
 @pytest.mark.parametrize(("share", "true"), [(0.25, 12), (0.5, 8), (0.75, 4)])
 def test_the_first_pictures_of_a_batch_keep_their_true_tokens_in_every_part(runs, share, true):
-    model = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    model = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
     config = training_finish.FinishConfig(batch_size=16, sampled_share=share, rounds=1)
     accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
     given = {field: None for field in training_finish.Run.__dataclass_fields__}
@@ -346,7 +346,7 @@ def go_on(runs, script, output, section, *argv) -> MaskGIT:
     common = ["--config", "configs/tiny.yml", "--train-dir", runs / "pictures", "--val-dir", runs / "pictures"]
     common += ["--epochs", "2", "--device", "cpu", "--output-dir", output, "--set", f"{section}.learning_rate=1e-12"]
     run(script, *common, *argv)
-    return MaskGIT.from_file(output / "maskgit.safetensors")
+    return MaskGIT.from_pretrained(output / "maskgit.safetensors")
 
 
 def equal_in_half(one: dict, other: dict) -> bool:
@@ -357,7 +357,7 @@ def test_a_finished_model_is_finished_further(runs, tmp_path):
     """Without --vqgan, from the decoder that it has, features of the transformer included."""
     argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
     model = go_on(runs, training_finish, tmp_path / "out", "train_finish", *argv)
-    assert equal_in_half(model.state_dict(), MaskGIT.from_file(runs / "finish/maskgit.safetensors").state_dict())
+    assert equal_in_half(model.state_dict(), MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors").state_dict())
     word = "train_finish.context is false, and the decoder of .* takes the transformer's features"
     with pytest.raises(UserError, match=word):
         go_on(runs, training_finish, tmp_path / "plain", "train_finish", *argv, "--set", "train_finish.context=false")
@@ -366,7 +366,7 @@ def test_a_finished_model_is_finished_further(runs, tmp_path):
 def test_a_deeper_decoder_begins_as_the_one_it_was(runs):
     path = runs / "finish/maskgit.safetensors"
     config = training_finish.FinishConfig(decoder_blocks=[2, 1, 3])
-    before, (model, _), (again, _) = MaskGIT.from_file(path), *(training_finish.load_model(path, None, config) for _ in "ab")
+    before, (model, _), (again, _) = MaskGIT.from_pretrained(path), *(training_finish.load_model(path, None, config) for _ in "ab")
     assert model.vqgan.config.decoder_blocks == [len(stage) for stage in model.vqgan.decoder.stages] == [2, 1, 3]
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     tokens = torch.randint(64, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -400,11 +400,11 @@ def test_stage_2_goes_on_from_a_finished_model(runs, tmp_path):
     finished = runs / "finish/maskgit.safetensors"
     argv = ["--vqgan", finished, "--init", finished]
     model = go_on(runs, training_transformer, tmp_path / "out", "train_transformer", *argv)
-    assert equal_in_half(model.transformer.state_dict(), MaskGIT.from_file(finished).transformer.state_dict())
+    assert equal_in_half(model.transformer.state_dict(), MaskGIT.from_pretrained(finished).transformer.state_dict())
 
 
 def test_stage_2_refuses_to_go_on_from_what_does_not_fit(runs, tmp_path):
-    other = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    other = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
     other.vqgan.codebook.embedding.weight.data[0] += 1
     other.save_file(tmp_path / "other.safetensors")
     finished = ["--vqgan", runs / "finish/maskgit.safetensors", "--init"]
@@ -424,9 +424,9 @@ def test_stage_2_refuses_to_go_on_from_what_does_not_fit(runs, tmp_path):
 def test_export_takes_the_transformer_of_one_and_the_decoder_of_the_other(runs, tmp_path):
     argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
     run(export, *argv, "--output", tmp_path / "model.safetensors", "--note", "seed=0")
-    model = MaskGIT.from_file(tmp_path / "model.safetensors")
+    model = MaskGIT.from_pretrained(tmp_path / "model.safetensors")
     ema = load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
-    finished = MaskGIT.from_file(runs / "finish/maskgit.safetensors").vqgan.state_dict()
+    finished = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors").vqgan.state_dict()
     for name, value in model.transformer.state_dict().items():
         assert torch.equal(value.half(), ema[name].half())
     assert model.vqgan.state_dict().keys() == finished.keys()
@@ -439,7 +439,7 @@ def test_dropout_may_change_when_stage_2_goes_on(runs, tmp_path):
     argv = ["--vqgan", finished, "--init", finished, "--set", "transformer.dropout=0.3"]
     model = go_on(runs, training_transformer, tmp_path / "out", "train_transformer", *argv)
     assert model.transformer.config.dropout == 0.3
-    assert equal_in_half(model.transformer.state_dict(), MaskGIT.from_file(finished).transformer.state_dict())
+    assert equal_in_half(model.transformer.state_dict(), MaskGIT.from_pretrained(finished).transformer.state_dict())
 
 
 def test_stage_2_starts_from_a_finished_model_without_its_context(runs):
@@ -448,7 +448,7 @@ def test_stage_2_starts_from_a_finished_model_without_its_context(runs):
 
 
 def test_export_refuses_a_vqgan_of_other_tokens(runs, tmp_path):
-    other = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    other = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
     other.vqgan.codebook.embedding.weight.data[0] += 1
     other.save_file(tmp_path / "other.safetensors")
     argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", tmp_path / "other.safetensors"]
@@ -457,15 +457,15 @@ def test_export_refuses_a_vqgan_of_other_tokens(runs, tmp_path):
 
 
 def test_export_averages_two_transformers(runs, tmp_path):
-    other = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    other = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
     for parameter in other.transformer.parameters():
         parameter.data += 0.5
     other.save_file(tmp_path / "other.safetensors")
     argv = ["--transformer", runs / "maskgit/last.pt", "--output", tmp_path / "model.safetensors"]
     run(export, *argv, "--average", tmp_path / "other.safetensors")
     ema = load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
-    theirs = MaskGIT.from_file(tmp_path / "other.safetensors").transformer.state_dict()
-    for name, value in MaskGIT.from_file(tmp_path / "model.safetensors").transformer.state_dict().items():
+    theirs = MaskGIT.from_pretrained(tmp_path / "other.safetensors").transformer.state_dict()
+    for name, value in MaskGIT.from_pretrained(tmp_path / "model.safetensors").transformer.state_dict().items():
         assert torch.equal(value.half(), ((ema[name] + theirs[name]) / 2).half())
     other.vqgan.codebook.embedding.weight.data[0] += 1
     other.save_file(tmp_path / "other.safetensors")
@@ -475,16 +475,16 @@ def test_export_averages_two_transformers(runs, tmp_path):
 
 
 def test_export_averages_two_decoders(runs, tmp_path):
-    mine = MaskGIT.from_file(runs / "finish/maskgit.safetensors").vqgan.decoder.state_dict()
-    other = MaskGIT.from_file(runs / "finish/maskgit.safetensors")
+    mine = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors").vqgan.decoder.state_dict()
+    other = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
     for parameter in other.vqgan.decoder.parameters():
         parameter.data += 0.5
     other.save_file(tmp_path / "other.safetensors")
-    theirs = MaskGIT.from_file(tmp_path / "other.safetensors").vqgan.decoder.state_dict()
+    theirs = MaskGIT.from_pretrained(tmp_path / "other.safetensors").vqgan.decoder.state_dict()
     argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
     argv += ["--output", tmp_path / "model.safetensors", "--average-decoder"]
     run(export, *argv, tmp_path / "other.safetensors")
-    for name, value in MaskGIT.from_file(tmp_path / "model.safetensors").vqgan.decoder.state_dict().items():
+    for name, value in MaskGIT.from_pretrained(tmp_path / "model.safetensors").vqgan.decoder.state_dict().items():
         assert torch.equal(value.half(), ((mine[name] + theirs[name]) / 2).half())
     told = refused(export, *argv, runs / "maskgit/maskgit.safetensors")    # its decoder takes no features
     assert "--average-decoder" in told and "has another VQGAN, {" in told and "'context_dim': 0" in told
@@ -495,7 +495,7 @@ def test_export_in_eight_bits_keeps_the_tokens(runs, tmp_path):
     argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
     run(export, *argv, "--output", tmp_path / "half.safetensors")
     run(export, *argv, "--output", tmp_path / "small.safetensors", "--eight-bit")
-    half, small = (MaskGIT.from_file(tmp_path / f"{name}.safetensors").vqgan.state_dict() for name in ("half", "small"))
+    half, small = (MaskGIT.from_pretrained(tmp_path / f"{name}.safetensors").vqgan.state_dict() for name in ("half", "small"))
     assert (tmp_path / "small.safetensors").stat().st_size < (tmp_path / "half.safetensors").stat().st_size
     assert tokenizer_difference(small, half) is None
     differing = [name for name in half if not torch.equal(half[name], small[name])]
@@ -503,7 +503,7 @@ def test_export_in_eight_bits_keeps_the_tokens(runs, tmp_path):
     # Such a file serves where another one does: here the decoder of an 8-bit file, written in 8 bits again.
     argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", tmp_path / "small.safetensors", "--eight-bit"]
     run(export, *argv, "--output", tmp_path / "again.safetensors")
-    again = MaskGIT.from_file(tmp_path / "again.safetensors").vqgan.state_dict()
+    again = MaskGIT.from_pretrained(tmp_path / "again.safetensors").vqgan.state_dict()
     assert all(torch.equal(again[name], small[name]) for name in small)
 
 

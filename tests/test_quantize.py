@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models.maskgit import EIGHT_BIT, EIGHT_BIT_FROM, MaskGIT
+from models.files import EIGHT_BIT, EIGHT_BIT_FROM
+from models.maskgit import MaskGIT
 from models.quantize import LARGEST, LEAST_SCALE, SUFFIX, dequantize, dequantize_all, quantize
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
@@ -163,7 +164,7 @@ def test_a_file_in_8_bits_brings_the_rounded_weights_back(model, path):
 def test_the_tokens_are_those_of_a_file_in_half_precision(model, path, tmp_path):
     model.save_file(tmp_path / "half.safetensors")
     image = 2 * torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
-    half, small = (MaskGIT.from_file(p).vqgan.encode(image) for p in (tmp_path / "half.safetensors", path))
+    half, small = (MaskGIT.from_pretrained(p).vqgan.encode(image) for p in (tmp_path / "half.safetensors", path))
     assert torch.equal(half, small)
 
 
@@ -171,7 +172,7 @@ def test_the_tokens_are_those_of_a_file_in_half_precision(model, path, tmp_path)
 def test_reading_and_writing_again_changes_nothing(model, tmp_path, dtype):
     once, twice = tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
     model.save_file(once, dtype, eight_bit=True)
-    MaskGIT.from_file(once).save_file(twice, dtype, eight_bit=True)
+    MaskGIT.from_pretrained(once).save_file(twice, dtype, eight_bit=True)
     one, two = load_file(once), load_file(twice)
     assert one.keys() == two.keys()
     assert all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one)
@@ -193,4 +194,4 @@ def test_files_whose_scales_do_not_fit_are_refused(path, tmp_path, change, word)
     change(stored)
     save_file(stored, tmp_path / "odd.safetensors", metadata)
     with pytest.raises(ValueError, match=f"odd.safetensors does not fit its own config: .*{word}"):
-        MaskGIT.from_file(tmp_path / "odd.safetensors")
+        MaskGIT.from_pretrained(tmp_path / "odd.safetensors")

@@ -60,7 +60,7 @@ def refused(checkpoint: Path, folders: Path, *flags: object) -> str:
 def test_the_pictures_are_what_the_decoder_makes_of_the_true_tokens(checkpoint, folders, flags):
     done = torch.stack(list(run(reconstruct, checkpoint, folders, *flags, "--batch-size", 2).values()))
     images, holes = originals(folders)
-    model, clean = MaskGIT.from_file(checkpoint), to_float(images)
+    model, clean = MaskGIT.from_pretrained(checkpoint), to_float(images)
     tokens = model.vqgan.encode(clean)
     with torch.no_grad():
         decoded = model.vqgan.decode(tokens, *(() if "--no-known" in flags else (clean, holes.float())))
@@ -80,7 +80,7 @@ def test_only_the_tokens_of_the_hole_tell_it_from_a_completion(checkpoint, folde
     """With the completed tokens in place of the true ones, the picture is inpainting.py's."""
     completed = run(inpainting, checkpoint, folders, "--seed", 3)
     images, holes = originals(folders)
-    model = MaskGIT.from_file(checkpoint)
+    model = MaskGIT.from_pretrained(checkpoint)
     seeds = [seeded(3, name, 0).initial_seed() for name in completed]
     rounds = model.complete_tokens(model.known(to_float(images), holes), seeds, total_iter=10, choice_temperature=4.5)
     model.vqgan.encode = lambda _: rounds[-1].tokens

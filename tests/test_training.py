@@ -88,7 +88,7 @@ def test_stage_2_trains_the_transformer_alone(setting, stage2):
 def test_stage_2_exports_both_stages_in_one_file(setting, stage2):
     folder, _ = stage2
     best = checkpoint(folder, "transformer", "best.pt")
-    model = MaskGIT.from_file(folder / "maskgit.safetensors")
+    model = MaskGIT.from_pretrained(folder / "maskgit.safetensors")
     for name, value in model.transformer.state_dict().items():
         torch.testing.assert_close(value, best["ema"][name], atol=1e-3, rtol=1e-3)    # half precision
     for name, value in model.vqgan.state_dict().items():
@@ -131,7 +131,7 @@ def test_stage_2_validates_when_it_is_due_and_may_hold_its_rate(setting, tmp_pat
 def test_compile_compiles_every_block(setting, tmp_path):
     def patch():
         torch.nn.Module.compile = lambda block, **_: print("compiled", type(block).__name__)
-        models.transformer.compiled = lambda function: print("compiled", function.__name__) or function
+        models.transformer.compile_once = lambda function: print("compiled", function.__name__) or function
 
     flags = ("--compile", "--epochs", "1", "--set", "transformer.depth=3")
     child = succeed("transformer", setting.argv("transformer", tmp_path / "a", *flags), patch)

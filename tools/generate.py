@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "temperature": args.temperature, "choice_temperature": args.choice_temperature,
     }    # fmt: skip
     try:
-        model = MaskGIT.from_file(args.checkpoint).to(device)
+        model = MaskGIT.from_pretrained(args.checkpoint).to(device)
         with tqdm(total=len(seeds), unit="picture", disable=None) as progress:
             for start in range(0, len(seeds), args.batch_size):
                 part = seeds[start : start + args.batch_size]

@@ -24,7 +24,7 @@ def tokenizer_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> st
 def other_model(flag: str, path: str, model: MaskGIT) -> MaskGIT:
     """The model file of a flag, which must have the tokens of `model`."""
     try:
-        other = MaskGIT.from_file(path)
+        other = MaskGIT.from_pretrained(path)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
     if name := tokenizer_difference(other.vqgan.state_dict(), model.vqgan.state_dict()):
