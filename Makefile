@@ -1,32 +1,40 @@
-# The two commands of a fresh machine: `make inpaint` and `make test`. Each sets up what it needs in .venv; what is there
-# already is not installed again.
+# `make inpaint` and `make test` are all that a fresh clone needs. Each target installs its packages into .venv first, unless they are there.
 
 PYTHON ?= python3
 VENV := .venv
-# Not the scripts of $(VENV)/bin: they hold the folder's path, and break when the repository is moved.
+# Not the scripts in $(VENV)/bin: they contain the folder's path and break when the repository is moved.
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --no-input
-# One process for each core, of one thread each. A process whose tests are done takes over half of those another still has.
+# One single-threaded process for each core, four at most. An idle process takes over tests from a busy one.
 TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest --ignore=tests/browser -n auto --maxprocesses=4 --dist=worksteal
 
-# One stamp per set of packages, made only after pip has succeeded: an interrupted install is begun again, and a changed
-# requirements file is installed again.
+# Training: folders of pictures, the setting, and where the runs are written.
+TRAIN ?=
+VAL ?=
+CONFIG ?= configs/cat64.yml
+RUNS ?= runs/$(basename $(notdir $(CONFIG)))
+FLAGS ?=
+FOLDERS = --train-dir $(TRAIN) --val-dir $(VAL) --resume auto $(FLAGS)
+
+# One stamp for each set of packages. It is made only after pip has succeeded, so an interrupted installation starts again.
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.installed-demo
 BROWSER := $(VENV)/.installed-browser
 
-.PHONY: help inpaint test demo test-demo coverage
+.PHONY: help inpaint test demo test-demo coverage train reference folders
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@echo "make inpaint    complete the sample pictures with the bundled weights, into out/"
+	@echo "make inpaint    complete the sample pictures, into out/"
 	@echo "make test       lint and tests"
-	@echo "make demo       the demo in the browser"
-	@echo "make test-demo  the demo's tests in a real browser (needs chromium)"
-	@echo "make coverage   tests, with the share of models/ and pictures/ that they run; fails below 90 %"
-	@echo "PYTHON=python3.12 before the first of them picks another Python than python3."
+	@echo "make demo       the page in the browser"
+	@echo "make test-demo  the page's tests in a real browser (needs chromium)"
+	@echo "make coverage   tests, and the share of models/ and pictures/ that they run; fails below 90 %"
+	@echo "make train TRAIN=PICTURES VAL=PICTURES       the default model, from nothing; repeat it to resume"
+	@echo "make reference TRAIN=PICTURES VAL=PICTURES   the published setting, both stages"
+	@echo "PYTHON=python3.12 before the first of them chooses another Python than python3."
 
 inpaint: $(BASE)
 	$(RUN) inpainting.py
@@ -39,12 +47,28 @@ test: $(DEV)
 demo: $(DEMO)
 	$(RUN) -m demo
 
-# Exit code 5 of pytest: nothing to run, as when every file of the folder is skipped as a whole.
+# pytest's exit code 5: no tests were run, as when chromium is missing.
 test-demo: $(BROWSER)
 	$(RUN) -m pytest tests/browser || [ $$? -eq 5 ]
 
 coverage: $(DEV)
 	$(TESTS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+# ---- training ----
+
+folders: $(BASE)
+	@[ -n "$(TRAIN)" ] && [ -n "$(VAL)" ] || { echo "Name the folders of pictures: make train TRAIN=data/train VAL=data/val"; exit 2; }
+
+train: folders
+	$(RUN) training_vqgan.py --config $(CONFIG) $(FOLDERS) --output-dir $(RUNS)/vqgan
+	$(RUN) training_transformer.py --config $(CONFIG) $(FOLDERS) --vqgan $(RUNS)/vqgan/last.pt --output-dir $(RUNS)/maskgit
+	$(RUN) training_finish.py --config $(CONFIG) $(FOLDERS) --model $(RUNS)/maskgit/maskgit.safetensors --vqgan $(RUNS)/vqgan/last.pt --output-dir $(RUNS)/finish
+	$(RUN) -m tools.export --transformer $(RUNS)/maskgit/best.pt --vqgan $(RUNS)/finish/maskgit.safetensors --eight-bit --output $(RUNS)/model.safetensors
+
+reference: CONFIG = configs/maskgit_reference.yml
+reference: folders
+	$(RUN) training_vqgan.py --config $(CONFIG) $(FOLDERS) --output-dir $(RUNS)/vqgan
+	$(RUN) training_transformer.py --config $(CONFIG) $(FOLDERS) --vqgan $(RUNS)/vqgan/last.pt --output-dir $(RUNS)/maskgit
 
 # ---- set-up ----
 
