@@ -2,8 +2,8 @@
 
     python samples/landscape.py
 
-Writes samples/photo/lake.png and its mask samples/photo_masks/lake.png (black = hole). Everything is computed from noise with
-a fixed seed, so nobody has rights to the picture.
+Writes samples/photo/lake.png and its mask samples/photo_masks/lake.png (black = hole). Everything is computed from noise
+with a fixed seed, so nobody has rights to the picture.
 """
 
 from pathlib import Path
