@@ -1,11 +1,12 @@
-"""What demo.py does behind the page: reading, placing, painting, completing, texts. The page itself: tests/browser."""
-import argparse
+"""What the demo does behind the page: reading, painting, completing, refusing. The page itself: tests/browser."""
 import asyncio
 import base64
-import hashlib
 import io
 import os
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
-from demo import page as demo
+from demo.__main__ import main
+from demo.completing import complete
+from demo.painting import CANVAS, canvas_size, editor_value, painted
+from demo.photos import Photo, find_samples, open_mask, open_photo, write_png
+from demo.rounds import OPEN, rounds_html, steps
 from models import MaskGIT
+from models.completion import Snapshot
 from utils import UserError, load_config
 
-TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.yml"
+ROOT = Path(__file__).resolve().parents[1]
 MAX_PIXELS = 1_000_000
 
 
 @pytest.fixture(scope="module")
 def model() -> MaskGIT:
-    config = load_config(TINY)
+    config = load_config(ROOT / "configs/tiny.yml")
     torch.manual_seed(0)
     return MaskGIT(config["vqgan"], config["transformer"]).eval()
 
@@ -34,57 +40,19 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def picture(height: int = 32, width: int = 32, box: tuple[int, int, int] | None = None) -> demo.Picture:
-    return demo.Picture(noise(height, width), "cat", box or (0, 0, min(height, width)))
+def photo(height: int = 32, width: int = 32) -> Photo:
+    return Photo(torch.from_numpy(noise(height, width)).permute(2, 0, 1).contiguous(), "cat")
 
 
-def hole(side: int = 32) -> np.ndarray:
-    made = np.zeros((side, side), dtype=bool)
-    made[side // 4 : side // 2, side // 4 : side // 2 + 3] = True
-    return made
+def box(height: int = 32, width: int = 32) -> torch.Tensor:
+    hole = torch.zeros(1, height, width, dtype=torch.bool)
+    hole[:, height // 4 : height // 2, width // 4 : width // 2 + 3] = True
+    return hole
 
 
 def as_editor(value: dict) -> dict:
     """What the browser sends back for what the page has sent."""
-    return {"layers": [np.asarray(layer) for layer in value["layers"]]}
-
-
-# ---- the square ----
-
-
-@given(st.integers(16, 90), st.integers(16, 90), *[st.integers(-50, 150)] * 3)
-def test_a_placed_square_lies_inside(height, width, left, top, side):
-    placed = picture(height, width).placed(left, top, side)
-    left, top, side = placed.box
-    assert side >= demo.MIN_SIDE and left >= 0 and top >= 0 and left + side <= width and top + side <= height
-    assert placed.crop.shape == (side, side, 3)
-    assert placed.placed(*placed.box) == placed
-
-
-def test_a_square_that_fits_stays_where_it_was_put():
-    assert picture(50, 80).placed(13, 7, 40).box == (13, 7, 40)
-
-
-def test_only_the_square_changes_and_only_in_the_copy():
-    whole = picture(40, 60, (11, 3, 20))
-    before = whole.pixels.copy()
-    changed = whole.with_crop(255 - whole.crop)
-    assert np.array_equal(whole.pixels, before)
-    assert np.array_equal(changed.crop, 255 - before[3:23, 11:31])
-    changed.crop[:] = whole.crop
-    assert np.array_equal(changed.pixels, before)
-
-
-@pytest.mark.parametrize("size", [(30, 30), (30, 50), (50, 30)])
-def test_an_opened_picture_begins_with_its_middle_square(tmp_path, size):
-    Image.fromarray(noise(*size)).save(tmp_path / "a cat (1).png")
-    opened, notes = demo.open_picture(str(tmp_path / "a cat (1).png"), MAX_PIXELS)
-    assert np.array_equal(opened.pixels, noise(*size)) and notes == [] and opened.name == "a_cat_1_"
-    left, top, side = opened.box
-    assert side == 30 and abs(2 * left + side - size[1]) <= 1 and abs(2 * top + side - size[0]) <= 1
-
-
-# ---- what is said about files ----
+    return {"layers": [np.array(layer) for layer in value["layers"]]}
 
 
 def saved(folder: Path, name: str, image: Image.Image, **options) -> str:
@@ -92,310 +60,267 @@ def saved(folder: Path, name: str, image: Image.Image, **options) -> str:
     return str(folder / name)
 
 
-def test_notes_say_what_reading_changes(tmp_path):
-    rgb = Image.fromarray(noise(20, 20))
-    frames = [Image.fromarray(noise(20, 20)[::step]).resize((20, 20)) for step in (1, 2, 4)]
-    moving = {"save_all": True, "append_images": frames[1:]}
-    for name, image, options, note in (
-        ("cmyk.jpg", rgb.convert("CMYK"), {}, "Its CMYK colours were converted to RGB."),
-        ("moving.gif", frames[0], moving, "It has 3 frames; the first one is used."),
-        ("clear.png", rgb.convert("RGBA"), {}, "Its transparent parts were put on white."),
-    ):
-        opened, notes = demo.open_picture(saved(tmp_path, name, image, **options), MAX_PIXELS)
-        assert notes == [note] and opened.pixels.shape == (20, 20, 3)
+# ---- files ----
 
 
-@pytest.mark.filterwarnings("ignore:Image size")
-def test_refused_files_are_named_without_the_server_s_path(tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
-    saved(tmp_path, "cut.png", Image.fromarray(noise(64, 64)))
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
-    saved(tmp_path, "huge.png", Image.new("1", (10_000, 10_000)))
-    saved(tmp_path, "large.png", Image.new("L", (1001, 1000)))
-    saved(tmp_path, "small.png", Image.new("L", (100, 15)))
-    for name, sentence in (
-        ("text.png", "text.png is not a picture that can be read; use PNG, JPEG or WebP"),
-        ("cut.png", "cannot read cut.png as a picture"),
-        ("huge.png", "huge.png has 10000x10000 pixels, more than the 1,000,000 allowed"),
-        ("large.png", "large.png has 1001x1000 pixels, more than the 1,000,000 allowed"),
-        ("small.png", "small.png has 100x15 pixels; at least 16x16 are needed"),
-        ("none.png", "none.png is not a picture that can be read"),
-    ):
-        with pytest.raises(UserError) as error:
-            demo.open_picture(str(tmp_path / name), MAX_PIXELS)
-        assert sentence in str(error.value) and str(tmp_path) not in str(error.value)
-
-
-@pytest.mark.filterwarnings("ignore:Image size")
-def test_pillow_s_own_guard_gets_a_sentence_too(tmp_path, monkeypatch):
-    path = saved(tmp_path, "bomb.png", Image.new("1", (300, 300)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match="bomb.png has far more pixels than the 1,000,000 allowed"):
-        demo.open_picture(path, MAX_PIXELS)
-
-
-# ---- masks and paint ----
-
-
-@pytest.mark.parametrize("colour", ["black", "white"])
-def test_an_uploaded_mask_gives_the_square_s_hole(tmp_path, colour):
-    whole = np.zeros((40, 60), dtype=bool)
-    whole[5:20, 20:45] = True
-    gray = np.where(whole == (colour == "white"), 255, 0).astype(np.uint8)
-    path = saved(tmp_path, "mask.png", Image.fromarray(gray))
-    inside, notes = demo.open_mask(path, picture(40, 60, (10, 0, 40)), colour, MAX_PIXELS)
-    assert np.array_equal(inside, whole[:, 10:50])
-    assert notes == [f"Its {colour} parts are the hole: {inside.mean():.0%} of the square."]
-    cut, notes = demo.open_mask(path, picture(40, 60, (30, 0, 20)), colour, MAX_PIXELS)
-    assert np.array_equal(cut, whole[:20, 30:50]) and "outside the square" in notes[1]
-
-
-@pytest.mark.filterwarnings("ignore:mask .* has gray levels")
-def test_a_soft_mask_is_cut_and_said_so(tmp_path):
-    gray = np.full((32, 32), 250, dtype=np.uint8)
-    gray[4:8], gray[20:24] = 100, 3
-    inside, notes = demo.open_mask(saved(tmp_path, "soft.png", Image.fromarray(gray)), picture(), "black", MAX_PIXELS)
-    assert np.array_equal(inside, gray < 128)
-    assert notes[1:] == ["Its grays were taken for black or white, whichever is nearer."]
-
-
-def test_a_mask_of_another_size_is_refused(tmp_path):
-    path = saved(tmp_path, "mask.png", Image.new("L", (30, 40)))
-    with pytest.raises(UserError, match="the mask mask.png has 30x40 pixels, the picture 60x40; they must agree"):
-        demo.open_mask(path, picture(40, 60), "black", MAX_PIXELS)
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(16, 1024), st.integers(0, 2**32 - 1))
-def test_a_hole_survives_the_way_through_the_editor(side, seed):
-    made = np.random.default_rng(seed).random((side, side)) < 0.3
-    value = demo.editor_value(demo.Picture(np.zeros((side, side, 3), dtype=np.uint8), "cat", (0, 0, side)), made)
-    assert np.array_equal(demo.painted(as_editor(value), side), made)
-
-
-def test_paint_of_all_layers_counts_and_none_is_no_hole():
-    whole = picture(64, 64)
-    one, two = np.zeros((64, 64), dtype=bool), np.zeros((64, 64), dtype=bool)
-    one[3:9], two[40:50, 5:9] = True, True
-    layers = [as_editor(demo.editor_value(whole, made))["layers"][0] for made in (one, two)]
-    assert np.array_equal(demo.painted({"layers": layers}, 64), one | two)
-    for nothing in (None, {}, {"layers": []}, {"layers": None}, as_editor(demo.editor_value(whole))):
-        assert not demo.painted(nothing, 64).any()
-
-
-def test_the_canvas_holds_each_picture_in_comfort():
-    assert [demo.canvas_side(side) for side in (16, 512, 700, 1024, 4000)] == [512, 512, 700, 1024, 1024]
-    assert demo.editor_value(picture(700, 800, (50, 0, 700)))["background"].size == (700, 700)
-
-
-def test_the_outline_is_where_the_square_is():
-    whole = demo.Picture(np.full((400, 800, 3), 200, dtype=np.uint8), "cat", (0, 0, 400))
-    shown = np.asarray(demo.outlined(whole, (100, 50, 200)))                # halved: 320 x 640
-    assert shown.shape == (320, 640, 3)
-    bright = (shown == 200).all(2)
-    ys, xs = np.nonzero(bright)
-    assert (xs.min() - 3, ys.min() - 3, xs.max() + 4, ys.max() + 4) == (80, 40, 240, 200)    # 3 pixels of outline
-
-
-# ---- completing ----
-
-
-def test_completions_keep_every_known_pixel_of_the_whole_picture(model):
-    whole, made = picture(70, 90, (20, 10, 48)), hole(48)
-    result = demo.complete(model, whole, made, 5, 3, 4)
-    assert result.seeds == [5, 6, 7] and result.seconds > 0
-    known = np.ones((70, 90), dtype=bool)
-    known[10:58, 20:68] = ~made
-    for i in range(3):
-        completed = result.whole(i).pixels
-        assert np.array_equal(completed[known], whole.pixels[known])
-        assert not np.array_equal(completed[~known], whole.pixels[~known])
-        assert np.array_equal(result.whole(i).crop, model.inpaint(whole.crop, made, seed=5 + i, total_iter=4))
-    assert len({crop.tobytes() for crop in result.crops}) == 3
+def test_a_picture_is_opened_as_it_is_and_named_safely(tmp_path):
+    opened, notes = open_photo(saved(tmp_path, "<b>a cat (1).png", Image.fromarray(noise(30, 50))), MAX_PIXELS)
+    assert np.array_equal(opened.image.permute(1, 2, 0), noise(30, 50)) and opened.size == (30, 50)
+    assert opened.name == "_b_a_cat_1_" and notes == [] and opened.hole is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"picture": None}, "There is no picture yet: take a sample or upload one."),
-        ({"hole": np.zeros((32, 32), dtype=bool)}, "Nothing is painted yet"),
-        ({"hole": np.ones((32, 32), dtype=bool)}, "The whole square is painted"),
-        ({"seed": None}, "The seed is empty"),
-        ({"seed": -1}, "seed must be a whole number, 0 or more, got -1"),
-        ({"num_samples": 9}, "At most 8 completions and 30 rounds"),
-        ({"total_iter": 31}, "At most 8 completions and 30 rounds"),
-        ({"sweet_spot": 9}, "sweet_spot must lie in 1..total_iter (8), got 9"),
-        ({"schedule": "steep"}, "unknown mask schedule 'steep'"),
-    ],
+    ("name", "note"), [("cmyk.jpg", "CMYK"), ("moving.gif", "3 frames"), ("clear.png", "transparent")]
 )
-def test_what_cannot_be_completed_gets_a_sentence(model, changes, sentence):
-    arguments = {"picture": picture(), "hole": hole(), "seed": 0, "num_samples": 1, "total_iter": 8} | changes
-    with pytest.raises(ValueError) as error:
-        demo.complete(model, **arguments)
-    assert sentence in str(error.value)
+def test_notes_say_what_reading_changes(tmp_path, name, note):
+    rgb = Image.fromarray(noise(20, 20))
+    frames = [Image.fromarray(noise(20, 20)[::step]).resize((20, 20)) for step in (1, 2, 4)]
+    image = {"cmyk.jpg": rgb.convert("CMYK"), "moving.gif": frames[0], "clear.png": rgb.convert("RGBA")}[name]
+    options = {"save_all": True, "append_images": frames[1:]} if name == "moving.gif" else {}
+    opened, notes = open_photo(saved(tmp_path, name, image, **options), MAX_PIXELS)
+    assert len(notes) == 1 and note in notes[0] and opened.size == (20, 20)
 
 
-@pytest.mark.parametrize("box", [(0, 0, 32), (5, 9, 55)])
-def test_steps_lead_from_the_hole_to_the_completion(model, box):
-    whole, made = picture(64, 64, box), hole(box[2])
-    result = demo.complete(model, whole, made, 0, 2, 6, sweet_spot=5)
-    shown = demo.steps(model, result, 1)
-    assert [step.title for step in shown] == ["Start"] + [f"Round {t}" for t in range(1, 6)]
-    opened = [(np.asarray(step.tokens) == demo.OPEN).all(2) for step in shown]
-    counts = [int(grid.sum()) for grid in opened]
-    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 6 and counts[-1] > 0    # stopped a round early
-    assert [step.note for step in shown] == [f"{count} of {counts[0]} tokens open" for count in counts]
-    for before, after in zip(opened, opened[1:], strict=False):
-        assert (before | ~after).all()
-    if box[2] == 32:    # the model's own size: the last step is the completion, but for rounding
-        last = np.asarray(shown[-1].image).astype(int)
-        assert np.abs(last - result.crops[1]).max() <= 1
-        assert np.array_equal(opened[0], made.reshape(8, 4, 8, 4).any((1, 3)))
-        assert (np.asarray(shown[0].image)[made] == demo.OPEN).all()
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("text.png", "not a picture"), ("cut.png", "cannot read"), ("huge.png", "10000x10000"), ("large.png", "1001x1000"),
+     ("small.png", "at least 16x16"), ("none.png", "not a picture")],
+)    # fmt: skip
+def test_refused_files_are_named_without_the_servers_path(tmp_path, name, word):
+    (tmp_path / "text.png").write_text("not a picture")
+    whole = Path(saved(tmp_path, "cut.png", Image.fromarray(noise(64, 64))))
+    whole.write_bytes(whole.read_bytes()[:3000])
+    for other, size in (("huge.png", (10_000, 10_000)), ("large.png", (1001, 1000)), ("small.png", (100, 15))):
+        saved(tmp_path, other, Image.new("1", size))
+    with pytest.raises(UserError, match=word) as error:
+        open_photo(tmp_path / name, MAX_PIXELS)
+    assert name in str(error.value) and str(tmp_path) not in str(error.value)
 
 
-def test_the_last_step_of_a_whole_decoding_has_no_open_token(model):
-    shown = demo.steps(model, demo.complete(model, picture(), hole(), 0, 1, 3), 0)
-    assert shown[-1].note.startswith("0 of")
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_the_limit_of_pixels_holds_for_whatever_pillow_opens(tmp_path, monkeypatch):
+    path = saved(tmp_path, "bomb.png", Image.new("1", (300, 300)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match="far more pixels"):
+        open_photo(path, MAX_PIXELS)
 
 
-# ---- texts ----
+@pytest.mark.parametrize("colour", ["black", "white"])
+def test_a_mask_gives_the_hole(tmp_path, colour):
+    hole = box(40, 60)
+    gray = np.where(hole[0].numpy() == (colour == "white"), 255, 0).astype(np.uint8)
+    path = saved(tmp_path, "mask.png", Image.fromarray(gray))
+    opened, notes = open_mask(path, photo(40, 60), colour, MAX_PIXELS)
+    assert torch.equal(opened.hole, hole) and f"{hole.float().mean():.0%}" in notes[0] and len(notes) == 1
+    _, notes = open_mask(path, photo(40, 60), {"black": "white", "white": "black"}[colour], MAX_PIXELS)
+    assert f"choose {colour}" in notes[1]
+    with pytest.raises(UserError, match="same size"):
+        open_mask(path, photo(60, 40), colour, MAX_PIXELS)
 
 
-def embedded(page: str) -> list[Image.Image]:
-    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'data:image/\w+;base64,([^"]+)"', page)]
-
-
-def test_the_rounds_are_shown_as_strip_and_animation(model):
-    shown = demo.steps(model, demo.complete(model, picture(), hole(), 0, 1, 3), 0)
-    page = demo.rounds_html(shown, "<seed>")
-    film, *strip = embedded(page)
-    assert film.format == "GIF" and film.n_frames == 4 and film.info["loop"] == 0
-    for frame, step in zip(ImageSequence.Iterator(film), shown, strict=True):
-        right = frame.convert("RGB").crop((264, 0, 520, 256)).resize((8, 8), Image.Resampling.NEAREST)
-        assert np.abs(np.asarray(right).astype(int) - np.asarray(step.tokens)).max() < 60    # colours of a palette
-    assert len(strip) == 8
-    for i, step in enumerate(shown):
-        assert np.array_equal(np.asarray(strip[2 * i]), np.asarray(step.image))
-        assert np.array_equal(np.asarray(strip[2 * i + 1]), np.asarray(step.tokens))
-    assert "<seed>" not in page and "&lt;seed&gt;" in page
-    assert page.count("alt=") == page.count("<img") == 9
-
-
-def test_names_of_files_cannot_become_code_of_the_page(tmp_path):
-    text = demo.status_html("<script>alert(1)</script> is not a picture", ["& so on"], error=True)
-    assert "<script" not in text and "&lt;script&gt;" in text and "&amp; so on" in text and 'role="alert"' in text
-    Image.fromarray(noise(20, 20)).save(tmp_path / "<b>..&.png")
-    assert demo.open_picture(str(tmp_path / "<b>..&.png"), MAX_PIXELS)[0].name == "_b_"
-
-
-def test_files_to_download_are_whole_and_old_ones_go(tmp_path):
-    path = Path(demo.write_png(picture(40, 60), tmp_path, "cat-seed3"))
-    assert path.name == "cat-seed3.png" and np.array_equal(np.asarray(Image.open(path)), noise(40, 60))
-    second = Path(demo.write_png(picture(40, 60), tmp_path, "cat-seed3"))
-    assert path.exists() and second != path
-    os.utime(path, (0, 0))
-    demo.write_png(picture(), tmp_path, "other")
-    assert not path.exists() and second.exists()
-
-
-def test_a_picture_shown_again_is_not_written_over_while_it_is_loaded(tmp_path):
-    def as_gradio_does(image: Image.Image, cache_dir: str, name: str = "image", format: str = "webp") -> str:
-        image.save(buffer := io.BytesIO(), format)
-        path = Path(cache_dir) / hashlib.sha256(buffer.getvalue()).hexdigest() / f"{name}.{format}"
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_bytes(buffer.getvalue())
-        return str(path.resolve())
-
-    save = demo.save_whole(as_gradio_does)
-    one, other = (Image.fromarray(pixels) for pixels in (noise(20, 20), noise(20, 30)))
-    path = save(one, str(tmp_path / "cache"), format="png")
-    with open(path, "rb") as loading:
-        assert save(one, cache_dir=str(tmp_path / "cache"), format="png") == path != save(other, str(tmp_path / "cache"))
-        assert os.fstat(loading.fileno()).st_ino != os.stat(path).st_ino    # another file has taken its place
-    assert np.array_equal(np.asarray(Image.open(path)), noise(20, 20))
-    assert len(list((tmp_path / "cache").rglob("*.*"))) == 2                 # nothing else is left
-
-
-# ---- the script ----
+@pytest.mark.filterwarnings("ignore:mask .* has gray levels")
+def test_a_soft_mask_is_cut_and_the_notes_say_so(tmp_path):
+    gray = np.full((32, 32), 250, dtype=np.uint8)
+    gray[4:8], gray[20:24] = 100, 3
+    opened, notes = open_mask(saved(tmp_path, "soft.png", Image.fromarray(gray)), photo(), "black", MAX_PIXELS)
+    assert np.array_equal(opened.hole[0], gray < 128) and "gray" in notes[1]
 
 
 def test_samples_are_paired_by_name_and_may_be_missing(tmp_path, capsys):
-    assert demo.find_samples(tmp_path) == [] and "no samples in" in capsys.readouterr().err
+    assert find_samples(tmp_path) == [] and "no samples" in capsys.readouterr().err
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
     for name in ("b", "a"):
         Image.fromarray(noise(32, 32)).save(tmp_path / "images" / f"{name}.png")
     Image.new("L", (32, 32)).save(tmp_path / "masks" / "b.png")
-    found = [(name, path.name, mask and mask.name) for name, path, mask in demo.find_samples(tmp_path)]
-    assert found == [("a", "a.png", None), ("b", "b.png", "b.png")]
+    without, with_mask = find_samples(tmp_path)
+    assert without.file.name == "a.png" and without.open(MAX_PIXELS).hole is None
+    assert with_mask.file.name == "b.png" and with_mask.open(MAX_PIXELS).hole.all()
 
 
-def namespace(**changes) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(demo.parse_args([])), **changes})
+def test_files_to_download_are_whole_and_old_ones_are_removed(tmp_path):
+    first, second = (write_png(photo(40, 60).image, tmp_path, "cat-seed3") for _ in range(2))
+    assert first.name == "cat-seed3.png" and np.array_equal(np.asarray(Image.open(first)), noise(40, 60))
+    assert first.exists() and second != first
+    os.utime(first, (0, 0))
+    write_png(photo().image, tmp_path, "other")
+    assert not first.exists() and second.exists()
+
+
+# ---- paint ----
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(16, 1500), st.integers(16, 1500), st.integers(0, 2**32 - 1))
+def test_a_hole_survives_the_way_through_the_editor(height, width, seed):
+    hole = torch.from_numpy(np.random.default_rng(seed).random((1, height, width)) < 0.3)
+    shown = as_editor(editor_value(Photo(torch.zeros(3, height, width, dtype=torch.uint8), "cat", hole)))
+    for given_hole in (None, hole):
+        assert torch.equal(painted(shown, Photo(torch.zeros(3, height, width), "cat", given_hole)), hole)
+
+
+def test_a_thin_line_in_a_picture_larger_than_the_canvas_is_kept_exactly():
+    hole = torch.zeros(1, 1000, 4000, dtype=torch.bool)
+    hole[:, 501, 200:3900] = True
+    wide = Photo(torch.zeros(3, 1000, 4000, dtype=torch.uint8), "cat", hole)
+    assert canvas_size(wide) == (CANVAS[1], 384)
+    shown = as_editor(editor_value(wide))
+    assert torch.equal(painted(shown, wide), hole)
+    shown["layers"][0][:, : CANVAS[1] // 2, 3] = 0      # the eraser
+    shown["layers"][0][10:20, 1000:1100, 3] = 255       # the brush
+    changed = painted(shown, wide)
+    assert not changed[:, :, :1900].any() and torch.equal(changed[:, 100:, 2100:], hole[:, 100:, 2100:])
+    assert changed[:, 30:50, 2620:2850].all() and changed[:, :100].float().sum() < 30 * 280
+
+
+def test_paint_of_all_layers_counts_and_no_layer_is_no_hole():
+    one, two = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    one[:, 3:9], two[:, 40:50, 5:9] = True, True
+    layers = [as_editor(editor_value(replace(photo(64, 64), hole=hole)))["layers"][0] for hole in (one, two)]
+    assert torch.equal(painted({"layers": layers}, photo(64, 64)), one | two)
+    for nothing in (None, {}, {"layers": []}, {"layers": None}, as_editor(editor_value(photo()))):
+        assert not painted(nothing, photo()).any()
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("size", "canvas"),
+    [((64, 64), (512, 512)), ((600, 700), (700, 600)), ((4000, 3000), (1152, 1536)), ((16, 400), (512, 20))],
+)
+def test_the_canvas_has_the_pictures_shape_and_a_size_to_paint_on(size, canvas):
+    assert canvas_size(photo(*size)) == canvas == editor_value(photo(*size))["background"].size
+
+
+# ---- completing ----
+
+
+@pytest.mark.parametrize("size", [(32, 32), (70, 90)])
+def test_completions_keep_every_known_pixel_and_follow_their_seeds(model, tmp_path, size):
+    whole, hole = photo(*size), box(*size)
+    made = complete(model, whole, hole, 5, 3, tmp_path, total_iter=4)
+    assert [one.seed for one in made] == [5, 6, 7] and made[1].file.name == "cat-seed6.png"
+    pictures = [np.asarray(Image.open(one.file)) for one in made]
+    known, given_pixels = ~hole[0].numpy(), noise(*size)
+    for i, picture in enumerate(pictures):
+        assert np.array_equal(picture[known], given_pixels[known])
+        assert not np.array_equal(picture[~known], given_pixels[~known])
+        assert np.array_equal(picture, model.inpaint(given_pixels, hole, seed=5 + i, total_iter=4))
+    assert len({picture.tobytes() for picture in pictures}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
     [
-        ({"port": 0}, "--port must lie in 1..65535, got 0"),
-        ({"max_pixels": 0}, "--max-pixels must be at least 1, got 0"),
-        ({"max_megabytes": -1}, "--max-megabytes must be at least 1, got -1"),
+        ({"photo": None}, "no picture"),
+        ({"hole": torch.zeros(1, 32, 32, dtype=torch.bool)}, "Nothing is painted"),
+        ({"hole": torch.ones(1, 32, 32, dtype=torch.bool)}, "whole picture"),
+        ({"seed": None}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"count": 9}, "8 completions"),
+        ({"total_iter": 31}, "30 rounds"),
+        ({"sweet_spot": 9}, "sweet_spot"),
+        ({"schedule": "steep"}, "steep"),
     ],
 )
-def test_flags_that_cannot_work_are_refused(monkeypatch, changes, sentence):
-    monkeypatch.setattr(demo, "gr", object())
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        demo.check_args(namespace(**changes))
+def test_what_cannot_be_completed_is_refused(model, tmp_path, changes, word):
+    arguments = {"photo": photo(), "hole": box(), "seed": 0, "count": 1, "folder": tmp_path, "total_iter": 8} | changes
+    with pytest.raises(ValueError, match=word):
+        complete(model, **arguments)
 
 
-def test_without_gradio_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(demo, "gr", None)
-    with pytest.raises(UserError, match="needs the package gradio; .*: pip install -r requirements-demo.txt"):
-        demo.main([])
+def test_the_rounds_lead_from_the_hole_to_the_completion(model, tmp_path):
+    one = complete(model, photo(), box(), 0, 2, tmp_path, total_iter=6, sweet_spot=5)[1]
+    shown = steps(one.snapshots(model))
+    assert [step.title for step in shown] == ["Start"] + [f"Round {t}" for t in range(1, 6)]
+    opened = [(np.asarray(step.tokens) == OPEN).all(2) for step in shown]
+    counts = [int(grid.sum()) for grid in opened]
+    assert counts == sorted(counts, reverse=True) and counts[-1] > 0    # stopped a round early
+    assert [step.note for step in shown] == [f"{count} of {counts[0]} tokens open" for count in counts]
+    assert np.array_equal(opened[0], box()[0].numpy().reshape(8, 4, 8, 4).any((1, 3)))
+    assert np.array_equal(np.asarray(shown[-1].picture), np.asarray(Image.open(one.file)))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2"])
-def test_another_host_than_loopback_is_explained(monkeypatch, capsys, host):
-    monkeypatch.setattr(demo, "gr", object())
-    demo.check_args(namespace(host=host))
-    assert f"--host {host} lets everybody who reaches port 7860" in capsys.readouterr().err
-    demo.check_args(namespace())
-    assert capsys.readouterr().err == "" and namespace().host == "127.0.0.1"
+def snapshot(level: int, height: int, width: int, masked: int) -> Snapshot:
+    tokens = torch.zeros(height // 4, width // 4, dtype=torch.bool)
+    tokens.view(-1)[:masked] = True
+    return Snapshot(level, photo(height, width).image, tokens)
 
 
-def test_a_missing_checkpoint_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(demo, "gr", object())
+def test_levels_are_named_and_the_animation_holds_every_round():
+    shots = [snapshot(0, 16, 32, 9), snapshot(0, 16, 32, 0), snapshot(1, 32, 64, 20), snapshot(1, 32, 64, 0)]
+    page = rounds_html(shots, "<seed>")
+    assert re.findall("<b>(.*?)</b>", page) == ["Level 1, start", "Level 1, round 1", "Level 2, start", "Level 2, round 1"]
+    assert "<seed>" not in page and page.count("alt=") == page.count("<img") == 9
+    pictures = [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r'data:image/\w+;base64,([^"]+)"', page)]
+    film, *strip = pictures
+    assert film.format == "GIF" and film.n_frames == 4 and film.size == (520, 128)
+    for frame, shot, tokens in zip(ImageSequence.Iterator(film), shots, strip[1::2], strict=True):
+        assert np.array_equal((np.asarray(tokens) == OPEN).all(2), shot.masked)
+        right = frame.convert("RGB").crop((264, 0, 520, 128)).resize(tokens.size, Image.Resampling.NEAREST)
+        assert np.abs(np.asarray(right).astype(int) - np.asarray(tokens)).max() < 60    # colours of a palette
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [("--port 0", "--port"), ("--max-pixels 0", "--max-pixels"), ("--max-megabytes -1", "--max-megabytes"),
+     ("--root-path inpainting", "begin with /"), ("--colour red", "--colour")],
+)    # fmt: skip
+def test_flags_that_cannot_work_are_refused(flags, word):
+    with pytest.raises(UserError, match=word):
+        main(flags.split())
+
+
+def test_a_missing_checkpoint_is_one_sentence():
+    pytest.importorskip("gradio")
     with pytest.raises(UserError, match="nowhere.safetensors not found"):
-        demo.main(["--checkpoint", "nowhere.safetensors"])
+        main(["--checkpoint", "nowhere.safetensors"])
+
+
+def test_another_host_than_loopback_is_explained(capsys):
+    pytest.importorskip("gradio")
+    with pytest.raises(UserError):
+        main(["--checkpoint", "nowhere.safetensors", "--host", "0.0.0.0"])
+    assert "--host 0.0.0.0" in capsys.readouterr().err
+
+
+def test_without_gradio_it_says_how_to_get_it(tmp_path):
+    """And the help does not need it."""
+    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError('none', name='gradio')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for flags, code, word in (([], 2, "pip install -r requirements-demo.txt"), (["--help"], 0, "--checkpoint")):
+        command = [sys.executable, "-m", "demo", *flags]
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert run.returncode == code and word in run.stdout + run.stderr and "Traceback" not in run.stderr
 
 
 # ---- nothing from elsewhere ----
 
 
-def ask(path: str) -> list[dict]:
-    """What the middleware sends for a request, in front of an app that answers 200."""
+def ask(path: str) -> tuple[int, dict, bytes]:
+    """Status, headers and body of a request's answer, in front of an app that answers 200."""
+    OnlyFromHere = pytest.importorskip("demo.server", reason="needs gradio").OnlyFromHere
+    sent = []
 
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"y")]})
         await send({"type": "http.response.body", "body": b"from the app"})
 
-    sent = []
-
     async def send(message):
         sent.append(message)
 
-    asyncio.run(demo.OnlyFromHere(app)({"type": "http", "path": path}, None, send))
-    return sent
+    asyncio.run(OnlyFromHere(app)({"type": "http", "path": path}, None, send))
+    return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
 
 
-@pytest.mark.parametrize("path", ["/gradio_api/file=http://a.b/c", "/file=https://a.b", "/gradio_api/proxy=https://a.b/x"])
-def test_addresses_are_not_fetched(path):
-    assert [message.get("status", message.get("body")) for message in ask(path)] == [403, b"Addresses are not fetched here."]
-
-
-def test_every_answer_forbids_the_browser_to_load_from_elsewhere():
-    for path in ("/", "/gradio_api/file=/tmp/x/image.png", "/gradio_api/file=https://a.b"):
-        headers = dict(ask(path)[0]["headers"])
-        assert headers[b"content-security-policy"].startswith(b"default-src 'self' ")
-    assert ask("/")[0]["status"] == 200 and dict(ask("/")[0]["headers"])[b"x"] == b"y"
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/", 200), ("/gradio_api/file=/tmp/x/image.png", 200), ("/gradio_api/file=http://a.b/c", 403),
+     ("/file=https://a.b", 403), ("/gradio_api/proxy=https://a.b/x", 403)],
+)    # fmt: skip
+def test_addresses_are_not_fetched_and_the_browser_loads_nothing_from_elsewhere(path, status):
+    answered, headers, body = ask(path)
+    assert answered == status and (body == b"from the app") == (status == 200)
+    assert headers[b"content-security-policy"].startswith(b"default-src 'self' ")
