@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from models import MaskGIT
 from models.decoding import DECODERS, Round
-from models.pictures import finish, shrink
+from models.convert import finish, shrink
 from models.schedule import SCHEDULES
 from pictures.images import to_uint8, write_image
 from tasks import Pair, add_flags, check_counts, load_model, read_pair, usable_pairs

@@ -4,29 +4,22 @@
     completed = model.inpaint(image, mask)        # PIL images, arrays or tensors; see `inpaint`
 """
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from . import pictures, quantize
+from .completion import Job, complete_pictures
+from .convert import Given
 from .decoding import Round, iterative_decode, places
+from .files import ModelFiles
 from .local_autoencoder import condition, condition_channels
 from .transformer import BidirectionalTransformer, TransformerConfig
 from .vqgan import VQGAN, VQGANConfig
-
-FORMAT = "maskgit-inpainting"    # written into the metadata of weight files, so that foreign ones are recognised
-# What a file may hold in 8 bits: large matrices and kernels, most of its bytes. Never encoder and codebook, which would make
-# other tokens, nor the embedding, which decides between codes that are nearly tied.
-EIGHT_BIT = ("transformer.blocks.", "transformer.head.", "vqgan.decoder.")
-EIGHT_BIT_FROM = 4096    # values; smaller ones are not worth the loss
 
 
 class Known(NamedTuple):
@@ -67,13 +60,7 @@ def check_whole_numbers(**values: int) -> None:
             raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
 
 
-class MaskGIT(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name=FORMAT,
-    tags=["inpainting", "maskgit", "vqgan"],
-    license="mit",
-):
+class MaskGIT(nn.Module, ModelFiles):
     """VQGAN (never trained here) and transformer.
 
     Args:
@@ -137,7 +124,7 @@ class MaskGIT(
         """
         wanted = places(masked) if wanted is None else wanted                                    # (M,)
         x = self.transformer.trunk(torch.where(masked, self.mask_token_id, tokens), pixels, wanted)    # (M, D)
-        return self.transformer.like_blocks(MaskGIT.losses)(self, x, tokens, masked, wanted, label_smoothing)
+        return self.transformer.compiled_like_blocks(MaskGIT.losses)(self, x, tokens, masked, wanted, label_smoothing)
 
     def losses(self, x: Tensor, tokens: Tensor, masked: Tensor, wanted: Tensor, label_smoothing: float) -> Tensor:
         """The rest of `forward`, (M,); x (M, D) comes from the transformer's trunk."""
@@ -178,14 +165,18 @@ class MaskGIT(
         Returns:
             The decoded pictures (nothing is pasted here) and the rounds.
         """
+        with self.autocast(precision):
+            known = self.known(image, mask, guess)
+            rounds = self.complete_tokens(known, seeds, **options)
+            return Completion(self.decode(rounds[-1].tokens, image, mask, known.context, guess), rounds, known)
+
+    def autocast(self, precision: str | None) -> AbstractContextManager:
+        """What `precision` means; see `complete`."""
         if precision not in (None, "fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
-        if precision is not None:
-            with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                return self.complete(image, mask, seeds, guess=guess, **options)
-        known = self.known(image, mask, guess)
-        rounds = self.complete_tokens(known, seeds, **options)
-        return Completion(self.decode(rounds[-1].tokens, image, mask, known.context, guess), rounds, known)
+        if precision is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     @torch.no_grad()
     def known(self, image: Tensor, mask: Tensor, guess: Tensor | None = None) -> Known:
@@ -248,124 +239,44 @@ class MaskGIT(
         return self.vqgan.decode(tokens, image, mask, context, guess).float().clamp(-1, 1)
 
     def inpaint(
-        self,
-        image: Any,
-        mask: Any,
-        *,
-        seed: int = 0,
-        num_samples: int = 1,
-        paste: bool = True,
-        batch_size: int = 16,
-        on_round: Callable[[int], None] | None = None,
-        return_rounds: bool = False,
-        **options: Any,
+        self, image: Any, mask: Any, *, seed: int = 0, num_samples: int = 1, return_rounds: bool = False, **options: Any
     ) -> Any:
-        """Complete one picture of any size.
+        """Complete one picture of any size, or several.
 
         Args:
-            image: PIL image, uint8 array (H, W, 3) or (H, W), or tensor (3, H, W) (uint8, or float in [0, 1]).
-            mask: PIL image, or array or tensor (H, W) or (1, H, W); the hole is True, 1 or white.
-            seed: completion i uses seed + i.
-            num_samples: number of completions.
-            paste: put the known pixels back, bit for bit; False returns the whole decode.
-            batch_size: completions computed together.
-            on_round: called with the number of each finished round, from 1, in every batch anew.
-            return_rounds: also return the tokens and masks after every round.
-            options: schedule, total_iter, sweet_spot, decoder, temperature, choice_temperature; see
-                `models.decoding.iterative_decode`.
+            image: PIL image, uint8 array (H, W, 3) or (H, W), or tensor (3, H, W) (uint8, or float in [0, 1]); or a list of
+                these, or a tensor (B, 3, H, W).
+            mask: PIL image, or array or tensor (H, W) or (1, H, W); the hole is True, 1 or white. As many as pictures.
+            seed: completion i of a picture, or picture i of a list, uses seed + i.
+            num_samples: completions of a single picture.
+            return_rounds: also return the pictures and masked tokens of every round.
+            options: batch_size, paste, precision, on_progress; see `models.completion.complete_pictures`. Also schedule,
+                total_iter, sweet_spot, decoder, temperature, choice_temperature; see `models.decoding.iterative_decode`.
         Returns:
-            One picture, of the type and size of `image`, always RGB; a list of them if `num_samples` > 1. With
-            `return_rounds` a pair: these, and a `Round` for each round, with a row for each completion (see `render`).
+            One picture, of the type and size of `image`, always RGB; a list of them for a list or `num_samples` > 1; a tensor
+            (B, 3, H, W) for one. With `return_rounds` a pair: these, and a list of `Snapshot` or a list of such lists.
         Raises:
             ValueError: picture and mask don't fit together, there is no hole, or an option makes no sense.
         """
+        batch_size = options.get("batch_size", 1)
         check_whole_numbers(seed=seed, num_samples=num_samples, batch_size=batch_size)
-        view = pictures.View(image, mask, self.image_size)
-        if not bool(view.hole.any()):
-            raise ValueError("the mask has no hole: there is nothing to complete")
-        small, small_hole = view.small.to(self.device), view.small_hole.to(self.device)
-        out: list[Any] = []
-        batches: list[list[Round]] = []
-        for start in range(0, num_samples, batch_size):
-            seeds = range(seed + start, seed + min(start + batch_size, num_samples))
-            batch, masks = (x.expand(len(seeds), -1, -1, -1) for x in (small, small_hole))
-            done = self.complete(batch, masks, seeds, on_round=on_round, **options)
-            out += [view.restore(x, paste) for x in done.images]
-            batches.append(done.rounds)
-        completed = out[0] if num_samples == 1 else out
-        # Each round of all batches: tokens and masks one below the other.
-        rounds = [Round(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*batches, strict=True)]
+        several = isinstance(image, list | tuple) or isinstance(image, Tensor) and image.ndim == 4
+        if several and num_samples > 1:
+            raise ValueError("num_samples is for a single picture; give the picture several times instead")
+        images, masks = (list(image), list(mask)) if several else ([image], [mask])
+        if len(images) != len(masks):
+            raise ValueError(f"{len(images)} pictures need as many masks, got {len(masks)}")
+        given = [Given(*pair) for pair in zip(images, masks, strict=True)] * num_samples
+        jobs = (Job(x.pixels, x.hole, seed + i) for i, x in enumerate(given))
+        results = list(complete_pictures(self, jobs, keep_rounds=return_rounds, **options))
+        completed = [x.restore(r.image, options.get("paste", True)) for x, r in zip(given, results, strict=True)]
+        rounds = [r.rounds for r in results]
+        if isinstance(image, Tensor) and several:
+            completed = torch.stack(completed)
+        elif not several and num_samples == 1:
+            completed, rounds = completed[0], rounds[0]
         return (completed, rounds) if return_rounds else completed
-
-    @torch.no_grad()
-    def render(self, tokens: Tensor, image: Any, mask: Any, *, paste: bool = True) -> list[Any]:
-        """What tokens of `inpaint`'s rounds stand for: (M, N) -> M pictures, of the type and size of `image`."""
-        view = pictures.View(image, mask, self.image_size)
-        small, hole = view.small.to(self.device), view.small_hole.to(self.device)
-        context, M = self.known(small, hole).context, len(tokens)
-        parts = (small.masked_fill(hole.bool(), 0), hole, context)
-        decoded = self.decode(tokens.to(self.device), *(None if x is None else x.expand(M, *x.shape[1:]) for x in parts))
-        return [view.restore(x, paste) for x in decoded]
 
     @property
     def device(self) -> torch.device:
         return self.transformer.pos_embed.device
-
-    # ---- files ----
-
-    def configs(self) -> dict[str, dict]:
-        return {"vqgan": asdict(self.vqgan.config), "transformer": asdict(self.transformer.config)}
-
-    def save_file(self, path: str | Path, dtype: torch.dtype = torch.float16, eight_bit: bool = False, **notes: str) -> None:
-        """Write one safetensors file with the weights in `dtype` and the config (and `notes`) in its metadata.
-
-        With `eight_bit` most of the weights (see `EIGHT_BIT`) are rounded to 8 bits; the tokens stay the same.
-        """
-        from safetensors.torch import save_file
-
-        weights = self.state_dict()
-        state = {name: value.to(dtype).contiguous() for name, value in weights.items()}
-        if eight_bit:
-            for name, value in weights.items():
-                if name.startswith(EIGHT_BIT) and value.dim() >= 2 and value.numel() >= EIGHT_BIT_FROM:
-                    state[name], state[name + quantize.SUFFIX] = quantize.quantize(value)
-        metadata = {"format": "pt", "library": FORMAT, "config": json.dumps(self.configs()), **notes}
-        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-        save_file(state, temporary, metadata)
-        temporary.chmod(0o644)    # safetensors creates its files for their owner alone
-        temporary.replace(path)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "MaskGIT":
-        """Read a file of `save_file`: evaluation mode, float32, on the CPU. No code in the file is ever run.
-
-        Raises:
-            ValueError: the file is missing, truncated, of another kind, or its weights don't fit its config.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"checkpoint {path} not found; give a .safetensors file such as checkpoints/cat64.safetensors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                stored = {name: file.get_tensor(name) for name in file.keys()}    # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint {path} is truncated or not a safetensors file ({error})") from error
-        if metadata.get("library") != FORMAT or "config" not in metadata:
-            raise ValueError(f"checkpoint {path} holds no {FORMAT} model (no config in its metadata)")
-        try:
-            model = cls(**json.loads(metadata["config"]))
-            model.load_state_dict(quantize.dequantize_all(stored))
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"checkpoint {path} does not fit its own config: {reason}") from error
-        return model.eval()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MaskGIT":
-        """A single .safetensors file, a folder written by `save_pretrained`, or a name on the Hugging Face hub."""
-        if str(pretrained_model_name_or_path).endswith(".safetensors"):
-            return cls.from_file(pretrained_model_name_or_path)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs).eval()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from models import MaskGIT
-from models.pictures import to_mask
+from models.convert import to_mask
 from utils import load_config
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.yml"

@@ -12,23 +12,24 @@ from torch import Tensor
 Restore = Callable[[Tensor, Tensor], Any]    # completed pixels, bool (1, H, W) which of them are new -> the user's kind
 
 
-class View:
-    """One picture with its hole, as given and as the model sees it.
+class Given:
+    """A picture and its hole, of the kinds people hold.
 
     Args:
         image, mask: see `to_tensor` and `to_mask`.
-        size: side of the model's pictures.
+    Raises:
+        ValueError: they don't fit together, or there is no hole.
     """
 
-    def __init__(self, image: Any, mask: Any, size: int) -> None:
+    def __init__(self, image: Any, mask: Any) -> None:
         self.pixels, self._restore = to_tensor(image)                                     # (3, H, W) uint8
         self.hole = to_mask(mask, self.pixels.shape[-2:])                                 # (1, H, W) bool
-        self.small, self.small_hole = shrink(self.pixels, self.hole, size)                # (1, 3 or 1, size, size)
+        if not bool(self.hole.any()):
+            raise ValueError("the mask has no hole: there is nothing to complete")
 
-    def restore(self, decoded: Tensor, paste: bool) -> Any:
-        """The model's (3, size, size) picture in [-1, 1], as a picture of the kind and size that was given."""
-        new = self.hole if paste else torch.ones_like(self.hole)
-        return self._restore(finish(decoded.cpu(), self.pixels, self.hole, paste), new)
+    def restore(self, completed: Tensor, paste: bool) -> Any:
+        """A completion, uint8 (3, H, W), as a picture of the kind that was given."""
+        return self._restore(completed, self.hole if paste else torch.ones_like(self.hole))
 
 
 def to_tensor(image: Any) -> tuple[Tensor, Restore]:
@@ -112,12 +113,17 @@ def shrink(pixels: Tensor, hole: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return image, (covered > 1e-4).float()
 
 
+def to_uint8(image: Tensor) -> Tensor:
+    """Float in [-1, 1] to uint8 in [0, 255], rounded."""
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def finish(decoded: Tensor, pixels: Tensor, hole: Tensor, paste: bool) -> Tensor:
     """The model's (3, size, size) picture in [-1, 1] to uint8 (3, H, W), with the known pixels put back if `paste`."""
     if decoded.shape[-2:] != pixels.shape[-2:]:
         size = tuple(pixels.shape[-2:])
         decoded = F.interpolate(decoded[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
-    decoded = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    decoded = to_uint8(decoded)
     return torch.where(hole, decoded, pixels) if paste else decoded
 
 
