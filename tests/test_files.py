@@ -1,0 +1,158 @@
+"""Models saved and loaded: single files, folders of the hub's layout, the bundled weights, and what is refused."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import MaskGIT
+from models.files import ModelFileError
+
+VQGAN = dict(image_size=16, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1, decoder_channels=[16, 8, 8],
+             decoder_blocks=[1, 1, 1])    # fmt: skip
+TRANSFORMER = dict(codebook_size=32, seq_len=16, embed_dim=64, depth=1, num_heads=2, mlp_dim=64)
+
+
+@pytest.fixture(scope="module")
+def model() -> MaskGIT:
+    torch.manual_seed(0)
+    return MaskGIT(VQGAN, TRANSFORMER).eval()
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Any attempt to open a connection fails the test."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("tried to reach the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def assert_same_model(one: MaskGIT, two: MaskGIT) -> None:
+    assert not two.training and two.configs() == one.configs()
+    assert one.state_dict().keys() == two.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_files_and_folders_bring_the_model_back(model, tmp_path, kind):
+    model.save_file(tmp_path / "cat.safetensors", torch.float32)
+    assert_same_model(model, MaskGIT.from_pretrained(kind(tmp_path / "cat.safetensors")))
+    model.save_pretrained(kind(tmp_path / "new/cat"))
+    assert {path.name for path in (tmp_path / "new/cat").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert_same_model(model, MaskGIT.from_pretrained(kind(tmp_path / "new/cat")))
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_folder_is_as_small_as_it_can_be_without_loss(model, tmp_path, eight_bit):
+    model.save_file(tmp_path / "file.safetensors", eight_bit=eight_bit)
+    small = MaskGIT.from_pretrained(tmp_path / "file.safetensors")
+    small.save_pretrained(tmp_path / "folder")
+    assert_same_model(small, MaskGIT.from_pretrained(tmp_path / "folder"))
+    file, folder = (load_file(path) for path in (tmp_path / "file.safetensors", tmp_path / "folder/model.safetensors"))
+    sizes = [sum(x.numel() * x.element_size() for x in state.values()) for state in (file, folder)]
+    assert sizes[1] <= sizes[0]
+
+
+def test_half_precision_files_hold_the_rounded_weights(model, tmp_path):
+    model.save_file(tmp_path / "cat.safetensors")
+    loaded = MaskGIT.from_pretrained(tmp_path / "cat.safetensors").state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded[name], value.half().float())
+
+
+def test_the_model_card_says_research_only_and_stays_with_the_weights(model, tmp_path):
+    model.save_pretrained(tmp_path / "one")
+    card = (tmp_path / "one/README.md").read_text()
+    assert card.startswith("---\n") and "research" in card and "license: mit" not in card
+    (tmp_path / "one/README.md").write_text("# My own cats\n")
+    MaskGIT.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    card = (tmp_path / "two/README.md").read_text()
+    assert card.startswith("---\n") and card.endswith("# My own cats\n")
+
+
+def test_the_bundled_weights_are_the_default():
+    model = MaskGIT.from_pretrained(precision="bf16", device="cpu")
+    assert model.image_size == 64 and not model.training and "Licence" in model.card
+    assert model.precision == "bf16" and model.device.type == "cpu"
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"nonsense": 3}])
+def test_unknown_options_are_refused(options):
+    with pytest.raises(TypeError, match=next(iter(options))):
+        MaskGIT.from_pretrained(**options)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="int4"):
+        MaskGIT.from_pretrained(precision="int4")
+
+
+def refused(source) -> str:
+    with pytest.raises(ModelFileError) as error:
+        MaskGIT.from_pretrained(source)
+    assert error.value.user_error and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("source", ["nowhere.safetensors", "nowhere", "a/b/c", "tests/nowhere", "./nowhere/x", "/nowhere/x"])
+def test_a_missing_path_is_refused_without_asking_the_hub(source):
+    assert f"{source.removeprefix('./')} not found" in refused(source)
+
+
+def test_a_name_is_asked_for_at_the_hub(monkeypatch, model, tmp_path):
+    import huggingface_hub
+
+    model.save_pretrained(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: {"jane/cat-64": tmp_path / "cache"}[name])
+    assert_same_model(model, MaskGIT.from_pretrained("jane/cat-64"))
+
+    def offline(name, **_):
+        raise OSError("no route\nto the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert "jane/dog" in refused("jane/dog")
+
+
+def test_folders_that_are_not_its_own_are_refused(model, tmp_path):
+    assert "no config.json" in refused(tmp_path)
+    model.save_pretrained(tmp_path)
+    for text in ("{", "[1]", "{}", '{"vqgan": {}}', '{"vqgan": 3, "transformer": {}}'):
+        (tmp_path / "config.json").write_text(text)
+        assert "config.json does not hold" in refused(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vqgan": VQGAN, "transformer": TRANSFORMER | {"depth": 2}}))
+    assert "does not fit" in refused(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert "model.safetensors not found" in refused(tmp_path)
+
+
+def test_files_that_are_not_its_own_are_refused(model, tmp_path):
+    path = tmp_path / "cat.safetensors"
+    model.save_file(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "truncated" in refused(path)
+    save_file({"x": torch.zeros(2)}, path)
+    assert "no config in its metadata" in refused(path)
+    save_file({"x": torch.zeros(2)}, path, {"library": "maskgit-inpainting", "config": '{"vqgan": {"stride": 3}}'})
+    assert "does not fit its own config" in refused(path)
+
+
+def test_a_folder_that_can_not_be_made_is_refused(model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelFileError, match="can't write"):
+        model.save_pretrained(tmp_path / "file/cat")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(model, tmp_path, monkeypatch):
+    path = tmp_path / "cat.safetensors"
+    model.save_file(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ModelFileError, match="No space left"):
+        model.save_file(path, torch.float32)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
