@@ -7,14 +7,15 @@ import importlib
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import models
 import utils
-from models import MaskGIT
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("checkpoints/*.md")])
@@ -63,7 +64,7 @@ def reader(tmp_path_factory) -> Path:
             shutil.copy(source, folder / name / path.name)
     torch.manual_seed(0)
     sections = utils.load_config(ROOT / "configs/tiny.yml")
-    MaskGIT(sections["vqgan"], sections["transformer"]).save_file(folder / "tiny.safetensors")
+    models.MaskGIT(sections["vqgan"], sections["transformer"]).save_file(folder / "tiny.safetensors")
     return folder
 
 
@@ -100,6 +101,7 @@ def test_commands_run(path, reader, monkeypatch):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_python_blocks_run(path, reader, monkeypatch):
     monkeypatch.chdir(reader)
+    monkeypatch.setitem(sys.modules, "maskgit_inpainting", models)    # the name under which it is installed
     scope: dict = {}    # the blocks of a document follow each other
     for language, block in FENCE.findall(NOT_RUN.sub("", path.read_text())):
         if language == "python":
