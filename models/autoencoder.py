@@ -1,7 +1,7 @@
-"""The reference encoder and decoder: VQGAN's convolutional pair (Esser et al. 2021, section 3 and appendix, https://arxiv.org/abs/2012.09841).
+"""The reference encoder and decoder of VQGAN (Esser et al. 2021, section 3 and appendix, https://arxiv.org/abs/2012.09841).
 
-Residual blocks with GroupNorm and Swish, self-attention at one resolution. Both see the whole picture at once, through
-GroupNorm's statistics, attention and a wide receptive field; `models/local_autoencoder.py` is the pair that does not.
+Residual blocks with GroupNorm and Swish, self-attention at one resolution. Through GroupNorm, attention and a wide receptive
+field each output depends on the whole picture; `models/local_autoencoder.py` is the pair where it does not.
 """
 
 import math

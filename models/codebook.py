@@ -46,8 +46,8 @@ class Codebook(nn.Module):
         """Quantize latents to their nearest codes.
 
         Args:
-            z: (B, codebook_dim, h, w) encoder output, unbounded. Computed in float32 whatever autocast says: a token
-               must not depend on the precision of the caller.
+            z: (B, codebook_dim, h, w) encoder output, unbounded. Always compared in float32: tokens must not depend on the
+                caller's precision.
         """
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1) if self.l2_normalize else z.float()
@@ -71,7 +71,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart_dead(self, usage: Tensor, latents: Tensor, generator: torch.Generator | None = None) -> int:
-        """Move codes that nobody used onto random latents (Dhariwal et al. 2020, Jukebox, section 3.1).
+        """Move unused codes onto random latents (Dhariwal et al. 2020, Jukebox, section 3.1).
 
         Args:
             usage: (K,) how often each code was used lately, summed over all processes.

@@ -1,4 +1,4 @@
-"""The discriminators and their terms: one on patches of pixels, one on the features of an ImageNet network.
+"""Discriminators and their losses: one sees patches of pixels, one the features of an ImageNet network.
 
 Isola et al. 2017, section 3.2.2 (https://arxiv.org/abs/1611.07004); Esser et al. 2021, section 3.1; Sauer et al. 2021,
 Projected GANs (https://arxiv.org/abs/2111.01007).
@@ -16,13 +16,12 @@ from .perceptual import weighted_mean
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches as real or made up.
+    """PatchGAN: scores overlapping patches as real or made up.
 
     Args:
-        channels: width after the first layer, doubled by each layer after it.
-        strided: number of 4x4 stride-2 layers, at least 1. The convolutions below a score see 26 x 26 pixels with two of
-            them and 54 x 54 with three, nearly a whole picture of 64: two are the default. (GroupNorm's statistics are
-            the picture's, so beyond that patch a score still depends on contrast and colour as a whole.)
+        channels: width after the first layer; each later layer doubles it.
+        strided: number of 4x4 stride-2 layers, at least 1. A score sees 26 x 26 pixels with two of them, 54 x 54 with three,
+            nearly a whole picture of 64. (Through GroupNorm it also depends on the contrast of the whole picture.)
     """
 
     def __init__(self, channels: int = 64, strided: int = 2) -> None:
@@ -53,15 +52,14 @@ class PatchDiscriminator(nn.Module):
 
 
 class FeatureDiscriminator(nn.Module):
-    """A small judge on each feature map of a frozen network, which knows already what pictures show.
+    """Projected GAN (Sauer et al. 2021, section 3): a few layers on each feature map of a frozen ImageNet network.
 
-    Few weights have to learn, so it is slow to learn a small training set by heart (Sauer et al. 2021, section 3; their
-    random mixing of the maps is left out). Spectral norms (Miyato et al. 2018) keep its slope, and so its say in the loss,
-    bounded.
+    So few weights overfit a small training set late. Their random mixing of the maps is left out. Spectral norms (Miyato et
+    al. 2018) bound the slope, and with it the discriminator's share of the loss.
 
     Args:
         widths: channels of the feature maps.
-        channels: width of a judge.
+        channels: hidden width.
     """
 
     def __init__(self, widths: Sequence[int], channels: int = 64) -> None:
@@ -76,13 +74,14 @@ class FeatureDiscriminator(nn.Module):
             )
             for width in widths
         )
-
         self.eval()
 
     @torch.no_grad()
     def renew_norms(self) -> None:
-        """A round of the power iteration behind each spectral norm; to be called once a step, into however many parts its
-        batch is cut. (In training mode each look at a weight would be a round.)"""
+        """One round of the power iteration behind each spectral norm; to be called once a step.
+
+        In training mode PyTorch makes a round each time a weight is used, so that the result would depend on `accum_grad`.
+        """
         self.train()
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
@@ -102,11 +101,10 @@ def hinge_loss(real: Tensor, fake: Tensor, hole: Tensor | None = None) -> Tensor
 def mean_score(scores: Tensor, hole: Tensor | None = None) -> Tensor:
     """Mean of the scores (B, 1, h, w), or each picture's mean over its hole.
 
-    Where its pixels are known, a completed picture *is* real: a discriminator that has to call those patches made up learns
-    little (Zeng et al. 2021, AOT-GAN, section 3.3).
+    Outside the hole a completed picture is real, so patches there teach nothing (Zeng et al. 2021, AOT-GAN, section 3.3).
 
     Args:
-        hole: (B, 1, H, W), 1 = hole; a score counts by the hole's share of its h x w-th part of the picture.
+        hole: (B, 1, H, W), 1 = hole; the weight of a score is the share of its cell of the picture that lies in the hole.
     """
     if hole is None:
         return scores.mean()

@@ -173,7 +173,7 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "README.md"]))
     except (OSError, ValueError) as error:
         raise ModelFileError(
-            f"{name} is no file or folder here, and the Hugging Face hub lacks it or is out of reach: {shorten(error)}"
+            f"{name} is no file or folder here, and the Hugging Face hub lacks it or is out of reach ({shorten(error)})"
         ) from error
 
 

@@ -1,9 +1,9 @@
-"""The default pair: an encoder that looks at one patch at a time, and a decoder that looks at everything that is known.
+"""The default pair: an encoder that sees one patch at a time, and a decoder that also sees the known pixels.
 
-An encoder with global operations carries the hole into every token. This one computes a token from its own patch alone, so a
-token whose patch does not touch the hole is *exactly* the token of the clean picture (compare PUT, Liu et al. 2022,
-https://arxiv.org/abs/2205.05076). What the tokens lose in context the decoder gets back: beside the codes it sees the known
-pixels and the hole at every scale (compare the asymmetric VQGAN of Zhu et al. 2023, https://arxiv.org/abs/2306.04632).
+An encoder with global operations carries the hole into every token. This one computes each token from its own patch, so a
+token whose patch does not touch the hole is exactly the token of the whole picture (compare PUT, Liu et al. 2022,
+https://arxiv.org/abs/2205.05076). The decoder gets the codes and, at every scale, the known pixels and the hole (compare the
+asymmetric VQGAN of Zhu et al. 2023, https://arxiv.org/abs/2306.04632).
 """
 
 import torch
@@ -107,7 +107,7 @@ class ConditionedDecoder(nn.Module):
     Args:
         channels: width at each scale, from the codes to the pixels; one doubling between two scales.
         blocks: residual blocks at each scale.
-        context_dim: features a position that the transformer adds (0: none); see `models.maskgit.Known.context`.
+        context_dim: width of the transformer's features that it gets at each position, 0: none; see `MaskGIT.known`.
         guess: whether it also takes a guess of the hole's content; see `condition_channels`.
     """
 
@@ -120,7 +120,7 @@ class ConditionedDecoder(nn.Module):
         self.from_code = nn.Conv2d(codebook_dim, channels[0], 3, padding=1)
         self.from_context = nn.Linear(context_dim, channels[0], bias=False) if context_dim else None
         if context_dim:
-            nn.init.zeros_(self.from_context.weight)    # the finish starts from the decoder as stage 1 left it
+            nn.init.zeros_(self.from_context.weight)    # the finish begins with the decoder of stage 1
         self.condition = nn.ModuleList(
             nn.Conv2d(condition_channels(guess) * f * f, c, 3, padding=1)
             for f, c in zip(self.factors, channels, strict=True)

@@ -99,7 +99,7 @@ class VQGAN(nn.Module):
         return self.decode_latents(quantized.z_q, None if mask is None else image, mask), quantized
 
     def without_context(self) -> "VQGAN":
-        """A copy whose decoder has no input for a transformer's features: those of another one would mean nothing to it."""
+        """A copy whose decoder takes no features of a transformer, for training another transformer."""
         plain = VQGAN(replace(self.config, context_dim=0))
         plain.load_state_dict({name: x for name, x in self.state_dict().items() if "from_context" not in name})
         return plain.eval().requires_grad_(False)
@@ -121,9 +121,9 @@ class VQGAN(nn.Module):
 
         Args:
             tokens: (B, N) in [0, K).
-            known, mask: (B, 3, H, W) image and (B, 1, H, W) hole (both or neither) for the conditioned decoder, which
-                without them decodes as if nothing were known; the reference decoder has no use for them.
-            context: (B, N, context_dim) of `MaskGIT.known`; without it the decoder works from the rest.
+            known, mask: (B, 3, H, W) image and (B, 1, H, W) hole for the conditioned decoder; without both, nothing is
+                known. The reference decoder ignores them.
+            context: (B, N, context_dim) of `MaskGIT.known`, or None.
             guess: (B, 4, H, W) of the hole's content, see `models.local_autoencoder.condition`.
         Returns:
             (B, 3, H, W), about [-1, 1], not clamped.

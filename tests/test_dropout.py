@@ -32,13 +32,6 @@ def test_values_are_zero_or_scaled_and_gradients_alike(dtype, shape):
     assert torch.equal(x.grad, torch.where(y == 0, 0, 2).to(dtype))
 
 
-def test_the_mean_stays():
-    torch.manual_seed(0)
-    y = dropout(torch.ones(1_000_000, dtype=torch.float64), 0.3, True)
-    assert y.mean().item() == pytest.approx(1, abs=5 * math.sqrt(0.3 / 0.7 / 1e6))
-    assert y.max().item() == pytest.approx(1 / (1 - round(0.3 * LEVELS) / LEVELS), rel=1e-6)
-
-
 @pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.5, False)])
 def test_nothing_is_dropped(p, training):
     x = torch.rand(4, 5)

@@ -63,16 +63,6 @@ def test_output_embedding_is_the_input_embedding():
     assert torch.equal(after[..., others], before[..., others])
 
 
-def test_every_position_has_a_bias_of_its_own():
-    model, x = lively(), tokens()
-    before = model(x)
-    with torch.no_grad():
-        model.bias[4, 7] += 1
-    change = torch.zeros(9, 11)
-    change[4, 7] = 1
-    torch.testing.assert_close(model(x) - before, change.expand(3, -1, -1), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_positions_come_from_the_learned_embedding_alone(pre_norm):
     model, x = lively(pre_norm=pre_norm, qk_norm=pre_norm, pixel_dim=4), tokens()
@@ -93,9 +83,9 @@ def test_positions_come_from_the_learned_embedding_alone(pre_norm):
 
 def test_pixels_are_taken_if_and_only_if_the_model_has_them():
     x, pixels = tokens(), torch.randn(3, 9, 4)
-    with pytest.raises(ValueError, match="pixel_dim=0, so `pixels` must not be given"):
+    with pytest.raises(ValueError, match="must not be given"):
         transformer()(x, pixels)
-    with pytest.raises(ValueError, match="pixel_dim=4, so `pixels` must be given"):
+    with pytest.raises(ValueError, match="must be given"):
         transformer(pixel_dim=4)(x)
     model = lively(pixel_dim=4)
     seen = torch.autograd.grad(model(x, pixels.requires_grad_())[:, 0].sum(), pixels)[0]
@@ -137,15 +127,15 @@ def test_a_post_norm_model_goes_on_in_half_precision_in_training_alone():
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_compiled_blocks_train_alike_for_any_number_of_wanted_tokens(pre_norm, traced):
+def test_compiled_blocks_train_alike_for_any_number_of_tokens(pre_norm, traced):
     """The last block is traced once, whatever the number."""
     options = {"pre_norm": pre_norm, "qk_norm": pre_norm, "depth": 3, "dropout": 0.0, "attention_dropout": 0.0}
     plain, fast = (lively(**options).train() for _ in range(2))
     fast.compile_blocks()
     graphs = []
     for count in (9, 4, 21):
-        wanted = torch.randperm(27, generator=torch.Generator().manual_seed(count))[:count]
-        outputs = [model(tokens(), wanted=wanted) for model in (plain, fast)]
+        positions = torch.randperm(27, generator=torch.Generator().manual_seed(count))[:count]
+        outputs = [model(tokens(), positions=positions) for model in (plain, fast)]
         torch.testing.assert_close(*outputs)
         for model, logits in zip((plain, fast), outputs, strict=True):
             model.zero_grad()
@@ -180,12 +170,12 @@ def test_batch_of_two_equals_two_of_one(options):
 def test_logits_of_some_positions_are_those_of_all(options):
     model, x = lively(**options), tokens()
     pixels = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(3)) if "pixel_dim" in options else None
-    wanted = (x == model.mask_token_id).flatten().nonzero().flatten()
-    expected = model(x, pixels).flatten(0, 1)[wanted]
-    torch.testing.assert_close(model(x, pixels, wanted), expected, rtol=1e-5, atol=1e-5)
+    positions = (x == model.mask_token_id).flatten().nonzero().flatten()
+    expected = model(x, pixels).flatten(0, 1)[positions]
+    torch.testing.assert_close(model(x, pixels, positions), expected, rtol=1e-5, atol=1e-5)
     some = torch.tensor([26, 0, 13])    # any order
     torch.testing.assert_close(model(x, pixels, some), model(x, pixels).flatten(0, 1)[some], rtol=1e-5, atol=1e-5)
-    assert model(x, pixels, wanted[:0]).shape == (0, 11)
+    assert model(x, pixels, positions[:0]).shape == (0, 11)
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -212,11 +202,6 @@ def test_block_and_head_by_formula(pre_norm):
     hidden = centred / centred.pow(2).mean(-1, keepdim=True).sqrt() * model.head[2].weight + model.head[2].bias
     expected = (hidden @ model.token_embed.weight.T + model.bias)[..., :-1]
     torch.testing.assert_close(model(tokens()), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_qk_norm_reaches_every_block():
-    with_norm, without = (count_parameters(transformer(qk_norm=on, depth=3)) for on in (True, False))
-    assert with_norm - without == 3 * 2 * (16 // 2)    # a weight for each channel of a query and of a key
 
 
 @pytest.mark.parametrize("place", ["embedding", "attention", "mlp"])
@@ -247,20 +232,13 @@ def test_dropout_is_on_in_training_only(name, pre_norm):
     assert not torch.allclose(model.train()(x), expected)
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("codebook_size", 0, "codebook_size must be at least 1, got 0"),
-    ("seq_len", 0, "seq_len must be at least 1, got 0"),
-    ("embed_dim", -1, "embed_dim must be at least 1, got -1"),
-    ("depth", 0, "depth must be at least 1, got 0"),
-    ("num_heads", 0, "num_heads must be at least 1, got 0"),
-    ("mlp_dim", 0, "mlp_dim must be at least 1, got 0"),
-    ("dropout", 1.0, r"dropout must lie in \[0, 1\), got 1.0"),
-    ("attention_dropout", -0.1, r"attention_dropout must lie in \[0, 1\), got -0.1"),
-    ("pixel_dim", -1, "pixel_dim must be 0 or more, got -1"),
-    ("num_heads", 3, r"embed_dim \(16\) must be divisible by num_heads \(3\)"),
+@pytest.mark.parametrize("name, value", [
+    ("codebook_size", 0), ("seq_len", 0), ("embed_dim", -1), ("depth", 0), ("num_heads", 0), ("mlp_dim", 0),
+    ("dropout", 1.0), ("attention_dropout", -0.1), ("pixel_dim", -1), ("num_heads", 3), ("dropout", float("nan")),
+    ("depth", "2"), ("dept", 2),
 ])
-def test_config_refuses_by_name(name, value, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
+def test_config_refuses_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
         TransformerConfig(**(SMALL | {name: value}))
 
 
