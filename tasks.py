@@ -4,12 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from models import MaskGIT
 from pictures.files import pair
-from pictures.images import read_image, read_mask
+from pictures.masks import read_pair
 from utils import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -34,17 +33,6 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-
-
-def read_pair(image_path: Path, mask_path: Path, hole: str) -> tuple[Tensor, Tensor]:
-    """A picture (3, H, W) uint8 and its hole (1, H, W) bool, which must agree in size and leave something known."""
-    image, mask = read_image(image_path), read_mask(mask_path, hole)
-    if mask.shape[1:] != image.shape[1:]:
-        sizes = f"{mask.shape[2]}x{mask.shape[1]}, the picture {image_path.name} {image.shape[2]}x{image.shape[1]}"
-        raise UserError(f"mask {mask_path} is {sizes}; they must have the same size")
-    if bool(mask.all()):
-        raise UserError(f"mask {mask_path} hides the whole picture: nothing is left to complete it from (see --mask-hole)")
-    return image, mask
 
 
 def usable_pairs(args: argparse.Namespace) -> list[Pair]:

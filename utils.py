@@ -1,4 +1,9 @@
-"""What every command uses: errors, the command line, files, config and seeds. It knows nothing of models."""
+"""What every command uses: errors, notices, the command line, files, config and seeds.
+
+It imports nothing of this project, and PyTorch only where it is used, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -6,15 +11,20 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import torch
 import yaml
-from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import torch
+
+NAMED = 3    # files that a notice names
 
 
 class UserError(ValueError):
@@ -22,11 +32,19 @@ class UserError(ValueError):
 
     user_error = True
 
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code    # 2: nothing was done
+
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main`: user errors become one sentence and exit code 2, Ctrl-C exit code 130."""
+    """Run a command's `main`. User errors become one sentence and exit code 2; Ctrl-C gives exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):    # a name that is not UTF-8 must not stop what prints it
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
+        more_notices()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -37,7 +55,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         if not getattr(error, "user_error", False):
             raise
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = getattr(error, "exit_code", 2)
     except OSError as error:    # a file that can't be used, where nobody has a better sentence for it
         if error.filename is None:
             raise
@@ -47,26 +65,96 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are user errors like all others: one sentence, without the usage text before it."""
+    """A parser whose errors are user errors like all others: one sentence, without the usage text before it.
+
+    Its description is shown as it is written, with its line breaks.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        _told.clear()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
+# ---- notices and progress ----
+
+_told: dict[str, list[str]] = {}    # kind of notice -> the files that it was not printed for
+
+
+def notice(sentence: str, kind: str | None = None, name: str = "") -> None:
+    """Tell the user something on stderr, a progress bar notwithstanding.
+
+    Of each `kind` the first notice is printed at once. The names of the others are kept, and `more_notices` counts them.
+    """
+    if kind is not None and kind in _told:
+        _told[kind].append(name)
+        return
+    if kind is not None:
+        _told[kind] = []
+    tqdm.write(f"notice: {sentence}", file=sys.stderr)
+
+
+def more_notices() -> None:
+    """Say for how many more files each kind of notice holds."""
+    for kind, names in _told.items():
+        if names:
+            tqdm.write(f"notice: {kind}: {listing(names)} too", file=sys.stderr)
+    _told.clear()
+
+
+class progress(tqdm):
+    """A progress bar with an estimate of the time left. Where no terminal shows it, it is one line every half minute."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.live = sys.stderr.isatty()
+        rare = {"delay": 30, "mininterval": 30, "maxinterval": 60, "leave": False}
+        super().__init__(*args, **options | ({} if self.live else rare))
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.live:
+            super().display(msg, pos)
+        elif msg is None:
+            print(self, file=sys.stderr)
+
+
+def listing(names: list[str], limit: int = NAMED) -> str:
+    """'a, b, c and 7 more'."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+# ---- files ----
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; flushed and renamed when the block ends, removed when it fails."""
+    """Yields a path beside `path` where a file or a folder is to be made.
+
+    When the block ends, what was made there is flushed and renamed to `path`; when the block fails, it is removed. A file
+    replaces an older one; a folder takes the place of nothing or of an empty folder.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    short = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]    # fits where the name itself is as long as allowed
+    temporary = path.with_name(f".{short}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if temporary.is_dir():
+            if path.exists():
+                path.rmdir()
+        else:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):    # gone already, or never there
             temporary.unlink()
 
@@ -86,6 +174,8 @@ def writable_folder(path: str | Path) -> Path:
 
 def pick_device(name: str) -> torch.device:
     """'auto' is CUDA where there is one, else the CPU."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -99,6 +189,9 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r} asked for, but there are only {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+# ---- config ----
 
 
 class _Loader(yaml.SafeLoader):
@@ -159,18 +252,25 @@ def build_config(cls: type[T], values: dict[str, Any], section: str) -> T:
         raise UserError(f"config {key}: {message}") from error
 
 
+# ---- seeds and hashes ----
+
+
 def seeded(*key: int | str) -> torch.Generator:
     """A CPU generator for one purpose, e.g. seeded(seed, 'mask', step). Equal keys give equal numbers."""
+    import torch
+
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def fingerprint(*parts: Any) -> str:
     """A short hash of tensors, dataclasses and plain values, e.g. to key a cache."""
+    import torch
+
     total = hashlib.sha256()
     for part in parts:
         one = hashlib.sha256()    # a hash for each part, so that (1, 23) and (12, 3) differ
-        if isinstance(part, Tensor):
+        if isinstance(part, torch.Tensor):
             one.update(f"{part.dtype} {tuple(part.shape)}".encode())
             one.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         else:
