@@ -33,7 +33,8 @@ from evaluation.metrics import (
     summarise,
 )
 from pictures.files import find_images, pair
-from pictures.images import read_image, read_mask
+from pictures.images import read_image
+from pictures.masks import read_mask
 from utils import Parser, UserError, atomic_write, pick_device, run_cli, writable_folder
 
 PACKAGES = ("torch", "torchvision", "numpy", "torchmetrics", "pytorch-fid", "onnxruntime", "pillow")

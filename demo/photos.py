@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from pictures.files import find_images
-from pictures.images import open_rgb, read_mask
+from pictures.images import open_rgb
+from pictures.masks import read_mask
 from utils import UserError
 
 MIN_SIDE = 16         # pixels; a smaller picture can't be painted on

@@ -27,7 +27,8 @@ from evaluation.metrics import (
     summarise,
 )
 from pictures.files import find_images
-from pictures.images import read_image, read_mask, write_image
+from pictures.images import read_image, write_image
+from pictures.masks import read_mask
 from utils import UserError, run_cli
 
 N, SIDE = 6, 24    # pictures of the small folders, and their height and width

@@ -14,7 +14,8 @@ import training_finish
 import training_transformer
 import training_vqgan
 from models.maskgit import MaskGIT
-from pictures.images import read_image, read_mask, write_image
+from pictures.images import read_image, write_image
+from pictures.masks import read_mask
 from tools import export, generate
 from training.checkpoints import load_checkpoint
 from training.options import load_sections, with_flags

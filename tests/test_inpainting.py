@@ -10,7 +10,8 @@ import inpainting
 from models.maskgit import MaskGIT
 from models.transformer import Block, TransformerConfig
 from models.vqgan import VQGANConfig
-from pictures.images import read_image, read_mask, write_image
+from pictures.images import read_image, write_image
+from pictures.masks import read_mask
 from utils import run_cli
 
 SIZE = 16

@@ -8,7 +8,8 @@ from torch import Tensor
 import inpainting
 from evaluation import reconstruct
 from models import MaskGIT
-from pictures.images import read_image, read_mask, to_float, to_uint8, write_image
+from pictures.images import read_image, to_float, to_uint8, write_image
+from pictures.masks import read_mask
 from utils import seeded
 
 SIZE, COUNT = 16, 3

@@ -17,7 +17,8 @@ from evaluation.metrics import frechet_distance, paired_metrics, summarise
 from models import MaskGIT
 from models.transformer import BidirectionalTransformer
 from pictures.folders import load_folder
-from pictures.images import read_image, read_mask, write_image
+from pictures.images import read_image, write_image
+from pictures.masks import read_mask
 from tools import sweep
 from utils import UserError
 

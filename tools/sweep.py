@@ -48,7 +48,8 @@ from models.maskgit import pixel_to_token_mask
 from models.schedule import SCHEDULES
 from pictures.files import find_images, pair
 from pictures.holes import random_holes
-from pictures.images import read_image, read_mask, to_float, to_uint8
+from pictures.images import read_image, to_float, to_uint8
+from pictures.masks import read_mask
 from tasks import load_model
 from utils import Parser, UserError, atomic_write, fingerprint, pick_device, run_cli, seeded, writable_folder
 
