@@ -159,7 +159,7 @@ def find(source: str | Path | None) -> tuple[Path, str | None]:
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether it can only mean owner/name on the hub: not a Path, no suffix of a file, no folder of the owner's name here."""
+    """Whether it can only mean owner/name on the hub: not a Path, no file suffix, no folder of the owner's name here."""
     if not isinstance(source, str) or not HUB_NAME.fullmatch(source) or source.endswith((".safetensors", ".pt", ".pth")):
         return False
     return not Path(source).parent.exists()

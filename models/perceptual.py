@@ -162,13 +162,13 @@ def _mean_step_gap(output: Tensor, image: Tensor, hole: Tensor, chosen: Callable
 def neighbour_steps(
     images: Tensor, hole: Tensor, chosen: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the absolute differences of chosen pairs of neighbouring pixels, horizontal or vertical, mean over colours.
+    """Sum of the absolute differences of chosen pairs of neighbouring pixels, horizontal and vertical; mean of colours.
 
     Args:
         images: (B, 3, H, W).
         hole: (B, 1, H, W), 1 or True = hole.
-        chosen: says from the hole at a pair's two pixels whether the pair counts: torch.ne for the rim, torch.logical_and for
-            the inside.
+        chosen: says from the hole at a pair's two pixels whether the pair counts: torch.ne is the rim, torch.logical_and the
+            inside.
     Returns:
         (B,) sums and (B,) numbers of pairs.
     """
