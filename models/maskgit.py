@@ -110,7 +110,7 @@ class MaskGIT(nn.Module, ModelFiles):
 
     def forward(
         self, tokens: Tensor, masked: Tensor, pixels: Tensor | None = None, label_smoothing: float = 0.0,
-        wanted: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:    # fmt: skip
         """Masked visual token modelling: cross-entropy of the masked tokens (section 3.1, equation 1).
 
@@ -118,18 +118,18 @@ class MaskGIT(nn.Module, ModelFiles):
             tokens: (B, N) true tokens.
             masked: (B, N) bool, the tokens to be hidden and predicted.
             pixels: (B, N, pixel_dim), see `patch_pixels`, where the transformer takes them.
-            wanted: (M,) positions b * N + n whose cross-entropies are returned; default: `places(masked)`.
+            positions: (M,) positions b * N + n whose cross-entropies are returned; default: `places(masked)`.
         Returns:
-            Cross-entropies of the wanted tokens, (M,), in nats; 0 where they are not masked.
+            Cross-entropies of the tokens there, (M,), in nats; 0 where they are not masked.
         """
-        wanted = places(masked) if wanted is None else wanted                                    # (M,)
-        x = self.transformer.trunk(torch.where(masked, self.mask_token_id, tokens), pixels, wanted)    # (M, D)
-        return self.transformer.compiled_like_blocks(MaskGIT.losses)(self, x, tokens, masked, wanted, label_smoothing)
+        positions = places(masked) if positions is None else positions                                    # (M,)
+        x = self.transformer.trunk(torch.where(masked, self.mask_token_id, tokens), pixels, positions)    # (M, D)
+        return self.transformer.compiled_like_blocks(MaskGIT.losses)(self, x, tokens, masked, positions, label_smoothing)
 
-    def losses(self, x: Tensor, tokens: Tensor, masked: Tensor, wanted: Tensor, label_smoothing: float) -> Tensor:
+    def losses(self, x: Tensor, tokens: Tensor, masked: Tensor, positions: Tensor, label_smoothing: float) -> Tensor:
         """The rest of `forward`, (M,); x (M, D) comes from the transformer's trunk."""
-        logits = self.transformer.predict(x, wanted)                                             # (M, K)
-        true, counts = tokens.flatten()[wanted], masked.flatten()[wanted]                        # (M,), (M,)
+        logits = self.transformer.predict(x, positions)                                             # (M, K)
+        true, counts = tokens.flatten()[positions], masked.flatten()[positions]                        # (M,), (M,)
         return F.cross_entropy(logits.float(), true, label_smoothing=label_smoothing, reduction="none") * counts
 
     @torch.no_grad()
@@ -219,13 +219,13 @@ class MaskGIT(nn.Module, ModelFiles):
         rows round differently, and a picture would depend on what it shares a batch with. `features` (B, N, D) are the
         transformer's of these tokens, where they are known already.
         """
-        wanted = places(tokens == self.mask_token_id)                             # (M,)
-        filled = F.pad(wanted, (0, -len(wanted) % tokens.shape[1]))               # (M + a few,), position 0 again and again
+        positions = places(tokens == self.mask_token_id)                             # (M,)
+        filled = F.pad(positions, (0, -len(positions) % tokens.shape[1]))               # (M + a few,), position 0 again and again
         if features is None:
             features = self.transformer.features(tokens, pixels, filled)          # (M + a few, D)
         else:
             features = features.flatten(0, 1)[filled]                             # (M + a few, D)
-        return self.transformer.exact_logits(features, filled)[: len(wanted)]     # (M, K)
+        return self.transformer.exact_logits(features, filled)[: len(positions)]     # (M, K)
 
     def decode(
         self, tokens: Tensor, image: Tensor, mask: Tensor, context: Tensor | None = None, guess: Tensor | None = None

@@ -434,7 +434,7 @@ def test_a_transformer_gives_logits_where_they_are_wanted(pre_norm):
     torch.nn.init.normal_(transformer.bias)
     tokens, places = rows(9, 9)[0], torch.tensor([70, 0, 35, 36, 36])    # any order, twice too
     expected = transformer(tokens).flatten(0, 1)[places]
-    torch.testing.assert_close(transformer(tokens, wanted=places), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(transformer(tokens, positions=places), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_codes_are_told_apart_in_float32(model):

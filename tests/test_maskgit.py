@@ -114,7 +114,7 @@ def test_places_that_are_not_masked_cost_nothing():
     model = tiny().train()
     tokens, masked, pixels = torch.randint(0, 32, (3, 16)), torch.arange(48).view(3, 16) < 31, torch.rand(3, 16, 64)
     losses = model(tokens, masked, pixels)
-    padded = model(tokens, masked, pixels, wanted=padded_positions(masked))
+    padded = model(tokens, masked, pixels, positions=padded_positions(masked))
     assert len(padded) == 33 > len(losses) == 31
     assert torch.equal(padded[len(losses) :], torch.zeros(len(padded) - len(losses)))
     torch.testing.assert_close(padded[: len(losses)], losses)

@@ -223,7 +223,7 @@ def test_captured_gradients_are_the_gradients(setting, compile):
     def gradients(tokens, masked, pixels, wanted):
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(tokens, masked, pixels, wanted=wanted).sum()
+            loss = model(tokens, masked, pixels, positions=wanted).sum()
         loss.backward()
         return loss.detach()
 
