@@ -219,8 +219,8 @@ class MaskGIT(nn.Module, ModelFiles):
         rows round differently, and a picture would depend on what it shares a batch with. `features` (B, N, D) are the
         transformer's of these tokens, where they are known already.
         """
-        positions = places(tokens == self.mask_token_id)                             # (M,)
-        filled = F.pad(positions, (0, -len(positions) % tokens.shape[1]))               # (M + a few,), position 0 again and again
+        positions = places(tokens == self.mask_token_id)                          # (M,)
+        filled = F.pad(positions, (0, -len(positions) % tokens.shape[1]))            # (M + a few,), padded with position 0
         if features is None:
             features = self.transformer.features(tokens, pixels, filled)          # (M + a few, D)
         else:
