@@ -15,6 +15,7 @@ from utils import UserError
 
 MAX_COMPLETIONS = 8
 MAX_ROUNDS = 30
+MAX_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def check(photo: Photo | None, hole: Tensor, seed: int | None, count: int, optio
         raise UserError("Nothing is painted yet: paint over the part to fill in, or upload a mask.")
     if hole.all():
         raise UserError("The whole picture is painted: leave a part of it for the model to go by.")
-    if seed is None or not 0 <= seed < 2**31:
-        raise UserError(f"The seed must be a whole number from 0 to {2**31 - 1}.")
+    if seed is None or not 0 <= seed <= MAX_SEED:
+        raise UserError(f"The seed must be a whole number from 0 to {MAX_SEED}.")
     if not 1 <= count <= MAX_COMPLETIONS:
         raise UserError(f"Between 1 and {MAX_COMPLETIONS} completions are possible here.")
     if not 1 <= options.get("total_iter", 1) <= MAX_ROUNDS:

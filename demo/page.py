@@ -1,39 +1,26 @@
-"""The page: its layout, and what its controls do. Needs Gradio."""
+"""What the page's controls do. Which there are: layout.py. Needs Gradio."""
 from __future__ import annotations
 
 import functools
-import html
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from demo.completing import MAX_COMPLETIONS, MAX_ROUNDS, Completion, complete
-from demo.painting import CANVAS, PAINT, editor_value, painted
-from demo.photos import HOLE_COLOURS, KEPT, Photo, Sample, open_mask, open_photo, to_pil, write_png
+from demo.completing import Completion, complete
+from demo.layout import lay_out, status_html
+from demo.painting import editor_value, painted
+from demo.photos import Photo, Sample, open_mask, open_photo, to_pil, write_png
 from demo.rounds import rounds_html
 from models import MaskGIT
 from models.completion import Progress
-from models.decoding import DECODERS, iterative_decode
-from models.schedule import SCHEDULES
 from utils import UserError
 
-DEFAULTS = {name: p.default for name, p in inspect.signature(iterative_decode).parameters.items()}
 SHOWN = 1280    # longer side of a completion as the page shows it; the file to download has the picture's own size
-INTRODUCTION = """# MaskGIT inpainting
-Paint over a part of a picture, and the model makes up what could be there. What you don't paint over stays as it is."""
-
-
-def status_html(text: str, notes: list[str] = (), error: bool = False) -> str:
-    """The line under the button; screen readers read it out when it changes."""
-    role, kind = ("alert", "error") if error else ("status", "fine")
-    return f'<div role="{role}" class="status {kind}">{html.escape(" ".join([text, *notes]))}</div>'
 
 
 def sentences(handler: Callable) -> Callable:
@@ -64,85 +51,14 @@ class Page:
 
     Args:
         folder: for the files that the page makes; must lie in Gradio's own temporary folder.
-        precision: see `MaskGIT.complete`.
     """
 
-    def __init__(self, model: MaskGIT, samples: list[Sample], max_pixels: int, folder: Path, precision: str) -> None:
+    def __init__(self, model: MaskGIT, samples: list[Sample], max_pixels: int, folder: Path) -> None:
         self.model, self.samples, self.max_pixels, self.folder = model, samples, max_pixels, folder
-        self.precision = precision
-        self.ui = SimpleNamespace()
-
-    # ---- layout ----
-
-    def build(self) -> gr.Blocks:
-        with gr.Blocks(title="MaskGIT inpainting", analytics_enabled=False, delete_cache=(600, KEPT)) as blocks:
-            gr.Markdown(INTRODUCTION)
-            with gr.Row():
-                with gr.Column(min_width=320):
-                    self.input_column()
-                with gr.Column(min_width=320):
-                    self.result_column()
+        self.blocks, self.ui = lay_out([str(sample.file) for sample in samples])
+        with self.blocks:
             self.connect()
-        return blocks.queue(max_size=16, default_concurrency_limit=1)
-
-    def input_column(self) -> None:
-        ui = self.ui
-        photo = replace(self.samples[0].open(self.max_pixels), hole=None) if self.samples else None
-        ui.photo = gr.State(photo, time_to_live=KEPT)
-        ui.samples = gr.Gallery(
-            [Image.open(sample.file).convert("RGB") for sample in self.samples], label="Samples", columns=8, height="auto",
-            format="png", visible=bool(self.samples), allow_preview=False, interactive=False, buttons=[],
-            elem_id="samples", elem_classes="gallery-box",
-        )    # fmt: skip
-        with gr.Row(elem_classes="pair"):
-            ui.upload = gr.UploadButton("Upload a picture", size="md", elem_id="upload")
-            ui.upload_mask = gr.UploadButton("Upload a mask", size="md", elem_id="upload-mask")
-        ui.editor = gr.ImageEditor(
-            editor_value(photo) if photo else None, label="Paint the hole", type="numpy", format="png", sources=(),
-            transforms=(), layers=False, buttons=[], canvas_size=(CANVAS[0], CANVAS[0]), height=520, elem_id="editor",
-            brush=gr.Brush(default_size=32, colors=[PAINT], color_mode="fixed"), eraser=gr.Eraser(default_size=32),
-        )    # fmt: skip
-        ui.wipe = gr.Button("Remove the paint", size="md")
-
-    def options(self) -> None:
-        ui = self.ui
-        with gr.Row():
-            ui.count = gr.Slider(1, MAX_COMPLETIONS, 4, step=1, label="Completions", info="side by side")
-            ui.seed = gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed", info="same seed, same result")
-        with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-            last = DEFAULTS["total_iter"]
-            with gr.Row():
-                ui.rounds = gr.Slider(1, MAX_ROUNDS, last, step=1, label="Rounds", info="of the schedule")
-                ui.sweet_spot = gr.Slider(1, last, last, step=1, label="Sweet spot", info="stop after this round")
-            with gr.Row():
-                heat, chance = DEFAULTS["temperature"], DEFAULTS["choice_temperature"]
-                ui.temperature = gr.Slider(0, 2, heat, step=0.05, label="Temperature", info="0: likeliest, 2: most varied")
-                ui.choice = gr.Slider(0, 20, chance, step=0.5, label="Choice temperature", info="chance in the order")
-            with gr.Row():
-                ui.schedule = gr.Dropdown(list(SCHEDULES), value=DEFAULTS["schedule"], label="Schedule")
-                ui.decoder = gr.Dropdown(list(DECODERS), value=DEFAULTS["decoder"], label="Decoder")
-            ui.hole_colour = gr.Radio(HOLE_COLOURS, value="black", label="Colour of the hole in uploaded masks")
-
-    def result_column(self) -> None:
-        ui = self.ui
-        ui.completions, ui.chosen = gr.State([], time_to_live=KEPT), gr.State(0)
-        self.options()
-        ui.complete = gr.Button("Complete", variant="primary", elem_id="complete")
-        hint = "Paint a hole, or choose a sample, which brings one." if self.samples else "Upload a picture to begin."
-        ui.status = gr.HTML(status_html(hint), elem_id="status", padding=False)
-        ui.compare = gr.ImageSlider(
-            label="Before and after", interactive=False, format="png", buttons=["fullscreen"], max_height=520,
-            elem_id="compare",
-        )    # fmt: skip
-        ui.gallery = gr.Gallery(
-            label="Completions", columns=4, height="auto", allow_preview=False, interactive=False, visible=False, buttons=[],
-            elem_id="results", elem_classes="gallery-box",
-        )    # fmt: skip
-        with gr.Row(elem_classes="pair"):
-            ui.download = gr.DownloadButton("Download PNG", interactive=False, size="md", elem_id="download")
-            ui.reuse = gr.Button("Use as next input", interactive=False, size="md", elem_id="reuse")
-        ui.show_rounds = gr.Button("Show the rounds", interactive=False, size="md", elem_id="show-rounds")
-        ui.history = gr.HTML(elem_id="history", padding=False)
+        self.blocks.queue(max_size=16, default_concurrency_limit=1)
 
     def connect(self) -> None:
         """Which handler each control calls, and what it may change."""
@@ -153,6 +69,8 @@ class Page:
         # the first event's data, though, so the handlers ask the galleries themselves what is chosen.
         quiet = dict(show_progress="hidden", api_visibility="private", trigger_mode="always_last")
         slow = dict(api_visibility="private", concurrency_id="model")
+        if self.samples:
+            self.blocks.load(self.sample, None, shown, **quiet)
         ui.samples.select(self.take_sample, ui.samples, shown, **quiet)
         ui.upload.upload(self.take_upload, ui.upload, shown, **quiet)
         ui.upload_mask.upload(self.take_mask, [ui.upload_mask, ui.photo, ui.hole_colour], shown, **quiet)
@@ -168,6 +86,7 @@ class Page:
         ui.show_rounds.click(
             self.show_rounds, [ui.completions, ui.chosen], [ui.status, ui.history], show_progress_on=ui.history, **slow
         )
+        ui.api_call.click(self.complete_file, ui.api, ui.api_result, api_name="complete", concurrency_id="model")
 
     # ---- the input ----
 
@@ -190,11 +109,12 @@ class Page:
 
     @sentences
     def take_sample(self, gallery: gr.Gallery) -> dict:
-        if gallery.selected_index is None:
-            return {}
-        photo = self.samples[gallery.selected_index].open(self.max_pixels)
-        shown = self.show(photo, f"Sample {photo}.", ["Press Complete, or paint another hole."])
-        return shown | {self.ui.samples: gr.skip()}
+        return {} if gallery.selected_index is None else self.sample(gallery.selected_index) | {self.ui.samples: gr.skip()}
+
+    @sentences
+    def sample(self, index: int = 0) -> dict:
+        photo = self.samples[index].open(self.max_pixels)
+        return self.show(photo, f"Sample {photo}.", ["Press Complete, or paint another hole."])
 
     @sentences
     def take_upload(self, path: str) -> dict:
@@ -214,6 +134,26 @@ class Page:
 
     # ---- the result ----
 
+    def complete_file(
+        self, image: str | None, mask: str | None, seed: int, hole: str, total_iter: int, temperature: float,
+        progress: gr.Progress = gr.Progress(),    # noqa: B008
+    ) -> str:    # fmt: skip
+        """Complete a picture of any size. Returns a PNG of the same size; known pixels come back bit for bit.
+
+        image: file of the picture. mask: file of the same size; its white parts are the hole, unless `hole` is "black".
+        seed: the same seed gives the same picture. total_iter: rounds. temperature: 0 takes the likeliest.
+        """
+        try:
+            if image is None or mask is None:
+                raise UserError("Give a picture and a mask of the same size.")
+            photo, _ = open_photo(image, self.max_pixels)
+            photo, _ = open_mask(mask, photo, hole, self.max_pixels)
+            options = dict(total_iter=total_iter, temperature=temperature)
+            made = complete(self.model, photo, photo.hole, seed, 1, self.folder, show_progress(progress), **options)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return str(made[0].file)
+
     def press(
         self, photo: Photo | None, editor: dict | None, seed: int | None, count: int, total_iter: int, sweet_spot: int,
         schedule: str, decoder: str, temperature: float, choice: float, progress: gr.Progress = gr.Progress(),    # noqa: B008
@@ -222,7 +162,7 @@ class Page:
         try:
             made = complete(
                 self.model, photo, painted(editor, photo) if photo else None, seed, count, self.folder,
-                on_progress=show_progress(progress), total_iter=int(total_iter), precision=self.precision,
+                on_progress=show_progress(progress), total_iter=int(total_iter),
                 sweet_spot=min(int(sweet_spot), int(total_iter)), schedule=schedule, decoder=decoder,
                 temperature=temperature, choice_temperature=choice,
             )    # fmt: skip

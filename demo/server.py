@@ -55,7 +55,7 @@ async def refuse_address(*_: Any) -> None:
 
 def launch(page: Page, args: argparse.Namespace) -> gr.Blocks:
     """Start the server in its own threads."""
-    blocks = page.build()
+    blocks = page.blocks
     gr.processing_utils.async_ssrf_protected_get = refuse_address    # Gradio would fetch "uploads" that are addresses
     try:
         blocks.launch(
@@ -73,10 +73,7 @@ def launch(page: Page, args: argparse.Namespace) -> gr.Blocks:
 
 def serve(args: argparse.Namespace) -> None:
     """Load the model and serve the page until it is stopped."""
-    try:
-        model = MaskGIT.from_pretrained(args.checkpoint).to(pick_device(args.device))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model = MaskGIT.from_pretrained(args.checkpoint, device=pick_device(args.device), precision=args.precision)
     Image.MAX_IMAGE_PIXELS = args.max_pixels // 2 + 1    # Pillow refuses twice that, whoever opens the picture
     warnings.simplefilter("ignore")                      # the page says what there is to say
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that the temporary folder is removed
@@ -84,7 +81,7 @@ def serve(args: argparse.Namespace) -> None:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ALLOWED_PATHS": ""}
         made = Path(folder) / "made"
         made.mkdir()
-        page = Page(model, find_samples(Path(args.samples)), args.max_pixels, made, args.precision)
+        page = Page(model, find_samples(Path(args.samples)), args.max_pixels, made)
         blocks = launch(page, args)
         print(f"the page is at {blocks.local_url} (stop it with Ctrl-C)", flush=True)
         try:

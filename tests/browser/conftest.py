@@ -1,4 +1,5 @@
 """A running demo with a tiny model, and a real headless Chromium to visit it. Skips with a reason where one is missing."""
+import contextlib
 import io
 import os
 import re
@@ -37,6 +38,12 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def png(array: np.ndarray | Image.Image, kind: str = "png", **options) -> bytes:
+    buffer = io.BytesIO()
+    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 @dataclass
 class Server:
     url: str
@@ -48,7 +55,8 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[Server]:
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, three samples with masks, and room for temporary files."""
     pytest.importorskip("gradio", reason="needs gradio (requirements-demo.txt)")
     folder = tmp_path_factory.mktemp("demo")
     config = load_config(ROOT / "configs/tiny.yml")
@@ -61,26 +69,39 @@ def server(tmp_path_factory) -> Iterator[Server]:
         mask = np.full((32, 32), 255, dtype=np.uint8)
         mask[8:20, 6 + 4 * i : 18 + 4 * i] = 0
         Image.fromarray(mask).save(folder / "masks" / f"cat{i}.png")
+    return folder
+
+
+@contextlib.contextmanager
+def running(folder: Path, *flags: str) -> Iterator[Server]:
+    """The demo as a process of its own, at a free port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with proxy() as (address, contacted):
         command = [
             sys.executable, "-m", "demo", "--checkpoint", str(folder / "tiny.safetensors"), "--samples", str(folder),
             "--device", "cpu", "--port", str(port), "--max-pixels", str(MAX_PIXELS), "--max-megabytes", str(MAX_MEGABYTES),
+            *flags,
         ]    # fmt: skip
         environment = os.environ | {
             "HTTP_PROXY": address, "HTTPS_PROXY": address, "http_proxy": address, "https_proxy": address,
             "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost", "TMPDIR": str(folder / "temporary"),
             "GRADIO_ALLOWED_PATHS": "/", "PYTHONUNBUFFERED": "1",
         }    # fmt: skip
-        with open(folder / "log.txt", "w") as log:
+        with open(folder / f"{port}.txt", "w") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
             line = process.stdout.readline()
-            assert "the page is at" in line, (folder / "log.txt").read_text()
-            yield Server(f"http://127.0.0.1:{port}/", port, folder, folder / "temporary", folder / "log.txt", contacted)
+            assert "the page is at" in line, Path(log.name).read_text()
+            yield Server(f"http://127.0.0.1:{port}/", port, folder, folder / "temporary", Path(log.name), contacted)
             process.terminate()
             process.wait(PATIENCE)
-    assert list((folder / "temporary").glob("maskgit-demo-*")) == []
+
+
+@pytest.fixture(scope="session")
+def server(folder) -> Iterator[Server]:
+    with running(folder) as server:
+        yield server
+    assert list(server.temporary.glob("maskgit-demo-*")) == []
 
 
 class proxy:
@@ -139,7 +160,8 @@ class Visit:
     def open(self) -> "Visit":
         self.page.goto(self.url)
         self.page.wait_for_selector("#editor canvas")
-        self.page.wait_for_selector("#editor [aria-label='Brush Size']")    # the editor has taken the picture in
+        self.page.wait_for_selector("#editor [aria-label='Brush Size']")
+        self.status("Sample")    # the editor has the first sample
         return self
 
     # ---- seeing ----
@@ -162,25 +184,26 @@ class Visit:
             self.page.get_by_role("button", name=button, exact=True).click()
         chooser.value.set_files({"name": name, "mimeType": "image/png", "buffer": data})
 
-    def paint(self, *points: tuple[float, float]) -> None:
-        """A stroke through points given as shares of the square's width and height."""
-        canvas = self.page.locator("#editor canvas").first
-        canvas.scroll_into_view_if_needed()
-        box, side = self.settled(canvas)
-        left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
-        self.page.mouse.move(left + points[0][0] * side, top + points[0][1] * side)
+    def paint(self, *points: tuple[float, float], canvas: tuple[int, int] = (512, 512)) -> None:
+        """A stroke through points given as shares of the picture's width and height. `canvas`: its size on the canvas."""
+        area = self.page.locator("#editor canvas").first
+        area.scroll_into_view_if_needed()
+        box, zoom = self.settled(area)
+        width, height = canvas[0] * zoom, canvas[1] * zoom
+        left, top = box["x"] + (box["width"] - width) / 2, box["y"] + (box["height"] - height) / 2
+        self.page.mouse.move(left + points[0][0] * width, top + points[0][1] * height)
         self.page.mouse.down()
         for x, y in points:
-            self.page.mouse.move(left + x * side, top + y * side, steps=8)
+            self.page.mouse.move(left + x * width, top + y * height, steps=8)
         self.page.mouse.up()
         self.page.wait_for_selector("#editor [aria-label='Undo']:not([disabled])")
 
     def settled(self, canvas: object) -> tuple[dict, float]:
-        """Box of the canvas and side of the square as it is shown, once both have stood still for a second."""
+        """Box of the canvas and its zoom, once both have stood still for a second."""
         seen = []
         while len(seen) < 5 or any(other != seen[-1] for other in seen[-5:]):
-            side = float(self.page.locator("#editor .zoom-number").inner_text().strip(" %\n")) / 100 * 512
-            seen.append((canvas.bounding_box(), side))
+            zoom = float(self.page.locator("#editor .zoom-number").inner_text().strip(" %\n")) / 100
+            seen.append((canvas.bounding_box(), zoom))
             self.page.wait_for_timeout(250)
         return seen[-1]
 
@@ -189,7 +212,7 @@ class Visit:
         self.page.get_by_label("Seed").fill(str(seed))
         self.page.get_by_label("Seed").blur()
         self.page.click("#complete")
-        self.page.locator("#download", has_text=f"(seed {seed})").wait_for()
+        self.page.locator("#download", has_text=f"(seed {seed})").wait_for()    # the first of the completions
         return self.page.locator("#status").inner_text()
 
     def download(self) -> tuple[str, np.ndarray]:
@@ -217,15 +240,3 @@ def visit(server, chromium) -> Iterator:
         assert [text for text in made.complaints if not any(re.search(p, text) for p in made.tolerated)] == []
         assert made.elsewhere == []
     assert server.log.read_text()[logged:] == ""
-
-
-def png(array: np.ndarray | Image.Image, kind: str = "png", **options) -> bytes:
-    buffer = io.BytesIO()
-    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def pictures():
-    """noise(height, width, seed) -> array, png(array or image, kind) -> bytes."""
-    return type("Pictures", (), {"noise": staticmethod(noise), "png": staticmethod(png)})
