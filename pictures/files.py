@@ -94,7 +94,9 @@ def _walk(folder: Path, leave_out: Iterable[str | Path]) -> Iterator[Path]:
 # ---- pairs ----
 
 
-def pair(images: str | Path, masks: str | Path, leave_out: Iterable[str | Path] = ()) -> list[tuple[str, Path, Path]]:
+def pair(
+    images: str | Path, masks: str | Path, leave_out: Iterable[str | Path] = (), words: tuple[str, str] = ("picture", "mask")
+) -> list[tuple[str, Path, Path]]:
     """Pair pictures with masks by name, never by position: [(name, image file, mask file)], sorted by name.
 
     A single mask file serves every picture; a single picture takes its mask from a folder of masks. See `match_names`.
@@ -107,10 +109,10 @@ def pair(images: str | Path, masks: str | Path, leave_out: Iterable[str | Path] 
     if images.is_file():
         name = next(iter(image_files))
         if name not in mask_files:    # its neighbours tell what the names have in common
-            matched = match_names(find_images(images.parent, [masks, *leave_out]), mask_files, ("picture", "mask"))
+            matched = match_names(find_images(images.parent, [masks, *leave_out]), mask_files, words)
             return [(name, images, mask_files[matched[name]])]
         mask_files = {name: mask_files[name]}
-    matched = match_names(image_files, mask_files, ("picture", "mask"))
+    matched = match_names(image_files, mask_files, words)
     return [(name, image, mask_files[matched[name]]) for name, image in image_files.items()]
 
 

@@ -1,6 +1,6 @@
 """Loads a folder of pictures as squares of one size."""
 
-import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -8,11 +8,10 @@ from typing import BinaryIO
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from pictures.files import find_images
 from pictures.images import _to_tensor, open_rgb
-from utils import UserError
+from utils import UserError, notice, progress
 
 LISTED = 10                 # unreadable pictures that are named, when they are skipped
 
@@ -28,15 +27,20 @@ def read_square(source: str | Path | BinaryIO, size: int, name: str | None = Non
     return _to_tensor(image)
 
 
-def load_folder(path: str | Path, size: int, bad_images: str = "error") -> Tensor:
-    """Read every picture of a folder, sorted by stem, as uint8 (M, 3, size, size), each cut to its centred square.
+def load_folder(
+    path: str | Path, size: int, bad_images: str = "error", leave_out: Iterable[str | Path] = ()
+) -> Tensor:
+    """Read every picture of a folder, sorted by name, as uint8 (M, 3, size, size), each cut to its centred square.
 
-    `bad_images`: "error" stops at a file that cannot be read, "skip" leaves it out and says so at the end.
-    Raises DataError if there is no (readable) picture.
+    Args:
+        bad_images: "error" stops at a file that cannot be read, "skip" leaves it out and says so at the end.
+        leave_out: subfolders that are not read, such as the folder of the validation pictures.
+    Raises:
+        UserError: there is no (readable) picture.
     """
     if bad_images not in ("error", "skip"):
         raise UserError(f"unknown bad_images {bad_images!r}; expected 'error' or 'skip'")
-    files = list(find_images(path).values())
+    files = list(find_images(path, leave_out).values())
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
 
     def load(index: int) -> UserError | None:
@@ -50,13 +54,12 @@ def load_folder(path: str | Path, size: int, bad_images: str = "error") -> Tenso
 
     with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
         results = pool.map(load, range(len(files)))
-        errors = list(tqdm(results, total=len(files), desc=f"reading {path}", unit="picture", disable=None))
+        errors = list(progress(results, total=len(files), desc=f"reading {path}", unit="picture"))
     bad = [error for error in errors if error is not None]
     if len(bad) == len(files):
         raise UserError(f"none of the {len(files)} picture(s) in {path} can be read; the first: {bad[0]}")
     if bad:
         images = images[torch.tensor([error is None for error in errors])]
-        print(f"skipped {len(bad)} of {len(files)} pictures in {path}:", *bad[:LISTED], sep="\n  ", file=sys.stderr)
-        if len(bad) > LISTED:
-            print(f"  ... and {len(bad) - LISTED} more", file=sys.stderr)
+        more = [f"... and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
+        notice("\n  ".join([f"skipped {len(bad)} of {len(files)} pictures in {path}:", *map(str, bad[:LISTED]), *more]))
     return images

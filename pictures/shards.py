@@ -1,21 +1,24 @@
 """Streams pictures from WebDataset shards in a seeded order."""
 
 import io
+import os
 import re
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pictures.files import IMAGE_SUFFIXES
+from pictures.files import SUFFIXES
 from pictures.folders import LISTED, read_square
-from utils import UserError
+from utils import UserError, progress
 
 
 @dataclass
@@ -81,7 +84,7 @@ class ShardStream(IterableDataset):
 
     def _decode(self, sample: dict) -> Tensor:
         name = f"{sample['__key__']} of {sample['__url__']}"
-        data = next((value for key, value in sample.items() if f".{key}" in IMAGE_SUFFIXES), None)
+        data = next((value for key, value in sample.items() if f".{key}" in SUFFIXES), None)
         if data is None:
             fields = sorted(key for key in sample if not key.startswith("_"))
             raise UserError(f"sample {name} holds no picture; its fields are {', '.join(fields)}")
@@ -135,6 +138,31 @@ def _read_shards(urls: list[str]) -> Iterator[dict]:
         yield from webdataset.DataPipeline(webdataset.SimpleShardList(urls), webdataset.tarfile_to_samples())
     except (OSError, ValueError, tarfile.TarError) as error:
         raise UserError(f"cannot read the shards: {error}") from error
+
+
+def write_shards(files: list[Path], folder: Path, names: list[str], size: int, shard_size: int, seed: int) -> None:
+    """Pack pictures, cut and resized as in `read_square`, as PNG into WebDataset tar files; all appear, or none.
+
+    Their order is random, once, so that the reader shuffles well with a small buffer.
+    """
+    import webdataset
+
+    order = np.random.default_rng(seed).permutation(len(files))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".shards-", dir=folder) as staging:
+            indices = iter(progress(range(len(files)), desc="packing", unit="picture"))
+            for name in names:
+                with webdataset.TarWriter(f"{staging}/{name}", mtime=0) as writer:
+                    for i in islice(indices, shard_size):
+                        buffer = io.BytesIO()
+                        pixels = read_square(files[order[i]], size).permute(1, 2, 0).numpy()
+                        Image.fromarray(pixels).save(buffer, format="PNG")
+                        writer.write({"__key__": f"{i:09d}", "png": buffer.getvalue()})
+            for name in names:
+                os.replace(f"{staging}/{name}", folder / name)
+    except OSError as error:
+        raise UserError(f"can't write shards into {folder}: {error.strerror or error}") from error
 
 
 def is_shards(path: str) -> bool:

@@ -1,9 +1,4 @@
-"""data.py and its command line: reading, pairing, holes, duplicates, splits, shards."""
-import json
-import os
-import subprocess
-import sys
-import warnings
+"""pictures/: finding, pairing, reading, writing, masks, folders, holes, views, shards."""
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -17,10 +12,10 @@ from torch.utils.data import DataLoader
 from pictures.files import find_images, pair
 from pictures.folders import load_folder, read_square
 from pictures.holes import _distance_to_box_centre, _distance_to_polyline, _nearest, random_holes, random_walks
-from pictures.images import _to_rgb, read_image, read_mask, to_float, to_uint8, write_image
-from pictures.shards import _read_shards, open_shards
+from pictures.images import read_image, to_float, to_uint8, write_image
+from pictures.masks import read_mask
+from pictures.shards import open_shards, write_shards
 from pictures.views import COLOUR, MAX_MOVE, MAX_TURN, ZOOM, Views, random_views, take_views
-from tools import dataset as dataset_tools
 from utils import UserError
 
 
@@ -44,21 +39,23 @@ def read_hwc(path: Path) -> np.ndarray:
     return read_image(path).permute(1, 2, 0).numpy()
 
 
-# ---- files and pairs ------------------------------------------------------------------------------------------------
+# ---- files and pairs ----
 
-def test_find_images_sorts_by_stem_and_leaves_out_what_is_no_picture(tmp_path):
-    for name in ("b.png", "a.JPG", "a-1.png", ".hidden.png"):
+
+def test_the_pictures_of_a_folder_and_its_subfolders_by_name(tmp_path, capsys):
+    for name in ("b.png", "a.JPG", "a-1.png", ".hidden.png", "sub/c.png", "sub/.cache/d.png", "masks/b.png"):
         save(tmp_path / name, picture(), format="PNG")
-    save(tmp_path / "sub" / "c.png", picture())
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "folder.png").mkdir()
-    found = find_images(tmp_path)
-    assert list(found) == ["a", "a-1", "b"]
+    (tmp_path / "sub/loop").symlink_to(tmp_path)
+    found = find_images(tmp_path, leave_out=[tmp_path / "masks"])
+    assert list(found) == ["a", "a-1", "b", "sub/c"]
     assert found["a"] == tmp_path / "a.JPG"
+    assert "notes.txt" in capsys.readouterr().err
     assert find_images(tmp_path / "b.png") == {"b": tmp_path / "b.png"}
 
 
-def test_find_images_refuses_missing_empty_ambiguous_and_unreadable(tmp_path, monkeypatch):
+def test_find_images_refuses_missing_empty_and_ambiguous(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
         find_images(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no picture in"):
@@ -68,38 +65,26 @@ def test_find_images_refuses_missing_empty_ambiguous_and_unreadable(tmp_path, mo
     with pytest.raises(UserError, match="a.jpg and a.png .* share a name"):
         find_images(tmp_path)
 
-    def refuse(path):
-        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(UserError, match="cannot list .*: Permission denied"):
-        find_images(tmp_path)
-
-
-def test_pair_goes_by_stem(tmp_path):
-    for stem in ("a", "b", "c"):
-        save(tmp_path / "image" / f"{stem}.jpg", picture())
-        save(tmp_path / "mask" / f"{stem}.png", picture())
+def test_pairs_go_by_name(tmp_path):
+    for name in ("a", "b", "sub/c"):
+        save(tmp_path / "image" / f"{name}.jpg", picture())
+        save(tmp_path / "mask" / f"{name}.png", picture())
     images, masks = tmp_path / "image", tmp_path / "mask"
-    assert pair(images, masks) == [(s, images / f"{s}.jpg", masks / f"{s}.png") for s in "abc"]
-    assert pair(images, masks / "b.png") == [(s, images / f"{s}.jpg", masks / "b.png") for s in "abc"]
+    names = ("a", "b", "sub/c")
+    assert pair(images, masks) == [(n, images / f"{n}.jpg", masks / f"{n}.png") for n in names]
+    assert pair(images, masks / "b.png") == [(n, images / f"{n}.jpg", masks / "b.png") for n in names]
     assert pair(images / "b.jpg", masks) == [("b", images / "b.jpg", masks / "b.png")]
     assert pair(images / "b.jpg", masks / "a.png") == [("b", images / "b.jpg", masks / "a.png")]
+    (masks / "b.png").unlink()
+    with pytest.raises(UserError, match="1 picture.* no mask .*: b"):
+        pair(images, masks)
+    with pytest.raises(UserError, match="1 mask.* no picture .*: b"):
+        pair(masks, images)
 
 
-def test_pair_refuses_what_is_alone(tmp_path):
-    for i in range(8):
-        save(tmp_path / "image" / f"{i}.png", picture())
-    save(tmp_path / "mask" / "7.png", picture())
-    with pytest.raises(UserError, match=r"7 picture\(s\) have no mask of the same name: 0, 1, 2, 3, 4, \.\.\.;"):
-        pair(tmp_path / "image", tmp_path / "mask")
-    with pytest.raises(UserError, match=r"7 mask\(s\) have no picture of the same name"):
-        pair(tmp_path / "mask", tmp_path / "image")
-    with pytest.raises(UserError, match=r"1 picture\(s\) have no mask of the same name: 3;"):
-        pair(tmp_path / "image" / "3.png", tmp_path / "mask")
+# ---- reading ----
 
-
-# ---- reading --------------------------------------------------------------------------------------------------------
 
 def test_rgb_comes_back_exactly(tmp_path):
     pixels = picture(height=5, width=7)
@@ -109,12 +94,9 @@ def test_rgb_comes_back_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("mode, suffix", [("1", "png"), ("L", "png"), ("P", "gif"), ("P", "png"), ("CMYK", "tif"),
-                                          ("HSV", None), ("L", "jpg"), ("CMYK", "jpg")])
+                                          ("L", "jpg"), ("CMYK", "jpg")])
 def test_every_mode_reads_as_pillow_shows_it(tmp_path, mode, suffix):
     image = Image.fromarray(picture()).convert(mode)
-    if suffix is None:
-        assert _to_rgb(image, "a").tobytes() == image.convert("RGB").tobytes()
-        return
     image.save(tmp_path / f"a.{suffix}")
     expected = np.asarray(image.convert("RGB")).astype(int)
     error = np.abs(read_hwc(tmp_path / f"a.{suffix}").astype(int) - expected)
@@ -209,37 +191,33 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
     monkeypatch.setattr("pictures.images.MAX_PIXELS", 600)
     assert read_image(path).shape == (3, 20, 30)
     monkeypatch.setattr("pictures.images.MAX_PIXELS", 599)
-    with pytest.raises(UserError, match="bomb.png has 30x20 pixels, more than the 599 allowed"):
-        read_image(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)    # Pillow's own limit comes first for the largest
-    with pytest.raises(UserError, match="bomb.png"):
+    with pytest.raises(UserError, match="bomb.png has 30x20 pixels"):
         read_image(path)
 
 
-# ---- masks ----------------------------------------------------------------------------------------------------------
+# ---- masks ----
 
-def test_mask_polarity(tmp_path):
-    gray = np.array([[0, 255, 255]], dtype=np.uint8)
-    path = save(tmp_path / "a.png", gray)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        mask = read_mask(path)
-        assert mask.dtype == torch.bool and mask.tolist() == [[[True, False, False]]]
-        assert torch.equal(read_mask(path, hole="white"), ~mask)
-    with pytest.raises(UserError, match="unknown hole colour 'grey'; expected 'black' or 'white'"):
+
+def test_black_or_white_marks_the_hole(tmp_path, capsys):
+    path = save(tmp_path / "a.png", np.array([[0, 255, 255]], dtype=np.uint8))
+    mask = read_mask(path)
+    assert mask.dtype == torch.bool and mask.tolist() == [[[True, False, False]]]
+    assert torch.equal(read_mask(path, hole="white"), ~mask)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="grey"):
         read_mask(path, hole="grey")
 
 
-def test_soft_masks_are_cut_at_128_with_a_warning(tmp_path):
+def test_gray_levels_are_cut_at_128_with_a_notice(tmp_path, capsys):
     path = save(tmp_path / "a.png", np.array([[0, 1, 127, 128, 254, 255, 255, 255]], dtype=np.uint8))
-    with pytest.warns(UserWarning, match=r"a.png has gray levels between 0 and 255 in 50.0% of its pixels"):
-        mask = read_mask(path)
+    mask = read_mask(path)
     assert mask.flatten().tolist() == [True, True, True, False, False, False, False, False]
-    with pytest.warns(UserWarning):
-        assert torch.equal(read_mask(path, hole="white"), ~mask)
+    assert "a.png" in capsys.readouterr().err
+    assert torch.equal(read_mask(path, hole="white"), ~mask)
 
 
-# ---- values and writing ---------------------------------------------------------------------------------------------
+# ---- values and writing ----
+
 
 def test_float_and_back_is_exact_for_all_values():
     values = torch.arange(256, dtype=torch.uint8)
@@ -259,26 +237,17 @@ def test_write_image_reads_back_and_leaves_nothing_else(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_write_image_refusals_leave_nothing_behind(tmp_path, monkeypatch):
+def test_write_image_refuses_other_pixels_and_formats(tmp_path):
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"takes uint8 \(3, H, W\), got torch.float32"):
         write_image(tmp_path / "a.png", image.float())
     with pytest.raises(UserError, match="a.jpg must end in .png"):
         write_image(tmp_path / "a.jpg", image)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write .*a.png: "):
-        write_image(tmp_path / "file" / "a.png", image)
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(UserError, match="cannot write .*a.png: No space left on device"):
-        write_image(tmp_path / "a.png", image)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not list(tmp_path.iterdir())
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------
+# ---- folders ----
+
 
 def test_load_folder_is_sorted_and_exact_at_the_same_size(tmp_path):
     pixels = {stem: picture(seed, 16, 16) for seed, stem in enumerate("cab")}
@@ -321,7 +290,8 @@ def test_load_folder_stops_at_or_skips_bad_pictures(tmp_path, capsys):
         load_folder(tmp_path, 8, bad_images="ignore")
 
 
-# ---- random holes ---------------------------------------------------------------------------------------------------
+# ---- random holes ----
+
 
 @pytest.mark.parametrize("size", [2, 3, 8, 31, 64])
 def test_every_random_mask_has_a_hole_and_a_known_pixel(size):
@@ -339,7 +309,7 @@ def test_random_holes_are_a_function_of_the_generator():
     assert torch.equal(random_holes(20, 16, generator(3)), first)
     assert not torch.equal(random_holes(20, 16, generator(4)), first)
     assert random_holes(0, 16, g).shape == (0, 1, 16, 16)
-    with pytest.raises(ValueError, match=r"size \(1\) must be at least 2"):
+    with pytest.raises(ValueError, match="at least 2"):
         random_holes(1, 1, g)
 
 
@@ -413,250 +383,8 @@ def test_random_holes_resemble_the_test_masks(shared):
     assert (share < 0.08).float().mean() > 0.02 and (share > 0.4).float().mean() > 0.02    # the wider tails
 
 
-# ---- duplicates -----------------------------------------------------------------------------------------------------
+# ---- shards ----
 
-@pytest.fixture
-def planted(tmp_path) -> tuple[Path, Path]:
-    """Two folders of 12 and 6 different pictures; in the second also 1 exact, 1 re-encoded, 1 mirrored copy."""
-    train, val = tmp_path / "train", tmp_path / "val"
-    for i in range(12):
-        save(train / f"{i:02}.png", picture(i))
-    for i in range(6):
-        save(val / f"{i:02}.png", picture(100 + i))
-    save(val / "exact.bmp", picture(0))
-    save(val / "encoded.jpg", picture(1), quality=40)
-    save(val / "mirrored.png", picture(2)[:, ::-1])
-    save(train / "inside.png", picture(3))
-    return train, val
-
-
-def test_check_finds_planted_duplicates(planted, tmp_path, capsys):
-    train, val = planted
-    report = tmp_path / "report.json"
-    assert dataset_tools.main(["check", str(train), str(val), "--json", str(report)]) == 1
-    found = json.loads(report.read_text())
-    assert found["leak"] is True and found["folders"] == [str(train), str(val)]
-    groups = {frozenset(Path(file).name for file in group["files"]): group for group in found["groups"]}
-    expected = {("00.png", "exact.bmp"): ("exact", False, True), ("01.png", "encoded.jpg"): ("near", False, True),
-                ("02.png", "mirrored.png"): ("near", True, True), ("03.png", "inside.png"): ("exact", False, False)}
-    fields = ("kind", "mirrored", "crossing")
-    assert {names: tuple(groups[frozenset(names)][field] for field in fields) for names in expected} == expected
-    assert len(groups) == 4 and not list(tmp_path.glob(".*"))
-    out = capsys.readouterr().out
-    assert "across folders: 1 exact, 2 near (a leak)" in out
-    assert "13 pictures; groups of duplicates inside: 1 exact, 0 near" in out
-    assert "near 1.000 mirrored" in out and "inside.png" not in out
-
-
-def test_check_without_a_leak_is_0(planted, capsys):
-    train, _ = planted
-    assert dataset_tools.main(["check", str(train), "--list", "5"]) == 0
-    out = capsys.readouterr().out
-    assert "across folders: 0 exact, 0 near\n" in out and "inside.png" in out
-
-
-def test_check_lists_a_limited_number_of_groups(tmp_path, capsys):
-    for i in range(23):
-        for folder in ("a", "b"):
-            save(tmp_path / folder / f"{i}.png", picture(i, 16, 16))
-    assert dataset_tools.main(["check", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    out = capsys.readouterr().out
-    assert out.count("exact: ") == 20 and "... and 3 more" in out
-
-
-def test_bad_input_is_2_with_a_sentence(planted, tmp_path, capsys):
-    train, val = map(str, planted)
-    for argv, message in [
-        (["check", train, train], "given twice"),
-        (["check", train, str(tmp_path / "nowhere")], "is not a folder"),
-        (["check", train, "--threshold", "1.5"], r"--threshold (1.5) must lie in (0, 1]"),
-        (["check", train, "--json", str(planted[0] / "00.png" / "report.json")], "cannot write"),
-    ]:
-        assert dataset_tools.main(argv) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and message in error
-    for i in range(11):
-        (planted[1] / f"text{i}.jpg").write_text("no picture")
-    assert dataset_tools.main(["check", val]) == 2
-    error = capsys.readouterr().err
-    assert "11 picture(s)" in error and "text0.jpg" in error and "... and 1 more" in error
-
-
-def test_check_runs_as_a_script(planted, capsys):
-    run = subprocess.run([sys.executable, "-m", "tools.dataset", "check", *map(str, planted)],
-                         capture_output=True, text=True)
-    assert run.returncode == 1 and "a leak" in run.stdout
-    assert dataset_tools.main(["check", "nowhere"]) == 2    # the same in this process, which has loaded everything
-    assert capsys.readouterr().err == "error: nowhere is not a folder; give folders of pictures\n"
-
-
-def test_interrupt_is_130(monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dataset_tools, "check", interrupt)
-    assert dataset_tools.main(["check", "x"]) == 130
-
-
-def test_near_pairs_do_not_depend_on_the_block_size():
-    rng = np.random.default_rng(0)
-    thumbs = rng.standard_normal((40, 16, 16)).astype(np.float32)
-    thumbs[30:] = thumbs[:10] + 0.05 * rng.standard_normal((10, 16, 16))
-    thumbs[20:25] = thumbs[5:10, :, ::-1]
-    thumbs -= thumbs.mean((1, 2), keepdims=True)
-    thumbs /= np.linalg.norm(thumbs, axis=(1, 2), keepdims=True)
-    whole, blocks = (sorted((i, j, m) for i, j, _, m in dataset_tools.near_pairs(thumbs, 0.9, rows=rows))
-                     for rows in (100, 7))
-    same = [(i, 30 + i, False) for i in range(10)]
-    mirrored = [(i, 15 + i, True) for i in range(5, 10)] + [(15 + i, 30 + i, True) for i in range(5, 10)]
-    assert whole == blocks == sorted(same + mirrored)
-
-
-def test_flat_pictures_are_duplicates_only_if_equal(tmp_path):
-    for name, level in (("a", 10), ("b", 10), ("c", 200)):
-        save(tmp_path / f"{name}.png", np.full((8, 8, 3), level, dtype=np.uint8))
-    save(tmp_path / "d.png", np.full((4, 16, 3), 10, dtype=np.uint8))    # as many equal bytes, another shape
-    groups = dataset_tools.group_duplicates(dataset_tools.fingerprint_folder(tmp_path), 0.96)
-    assert sorted([p.file.stem for p in group.pictures] for group in groups) == [["a", "b"], ["c"], ["d"]]
-
-
-def test_groups_are_closed_under_links(tmp_path, monkeypatch):
-    for i in range(5):
-        save(tmp_path / f"{i}.png", picture(i))
-    links = [(0, 2, 0.98, False), (1, 2, 0.97, True), (3, 4, 0.99, False)]    # 0 and 1 only through 2
-    monkeypatch.setattr(dataset_tools, "near_pairs", lambda *_: links)
-    groups = dataset_tools.group_duplicates(dataset_tools.fingerprint_folder(tmp_path), 0.96)
-    assert [(len(group.pictures), group.similarity, group.mirrored) for group in groups] == [(3, 0.97, True),
-                                                                                             (2, 0.99, False)]
-
-
-def test_the_real_split_has_no_leak(shared):
-    folder = shared / "data" / "catface64"
-    assert dataset_tools.main(["check", *(str(folder / name) for name in ("train", "val", "test/image"))]) == 0
-
-
-# ---- split ----------------------------------------------------------------------------------------------------------
-
-def contents(folder: Path) -> dict[str, list[str]]:
-    """Part -> sorted digests of its pictures."""
-    return {part.name: sorted(dataset_tools.fingerprint(file).digest for file in part.iterdir())
-            for part in sorted(folder.iterdir())}
-
-
-@pytest.fixture
-def mixed(tmp_path) -> Path:
-    """30 pictures: 20 different, and near or exact copies of 10 of them."""
-    for i in range(20):
-        save(tmp_path / "mixed" / f"{i:02}.png", picture(i))
-    for i in range(5):
-        save(tmp_path / "mixed" / f"near{i:02}.jpg", picture(i), quality=50)
-        save(tmp_path / "mixed" / f"exact{i:02}.png", picture(5 + i))
-    return tmp_path / "mixed"
-
-
-def test_split_is_complete_leak_free_and_of_the_right_size(mixed, tmp_path, capsys):
-    output = tmp_path / "out"
-    argv = ["split", str(mixed), "--output", str(output), "--val-share", "0.2", "--test-share", "0.1"]
-    assert dataset_tools.main(argv) == 0
-    files = {part: {file.name for file in (output / part).iterdir()} for part in ("train", "val", "test")}
-    assert [len(files[part]) for part in ("train", "val", "test")] == [21, 6, 3]
-    assert set.union(*files.values()) == {file.name for file in mixed.iterdir()}
-    for part, names in files.items():
-        assert all((output / part / name).read_bytes() == (mixed / name).read_bytes() for name in names)
-    capsys.readouterr()
-    assert dataset_tools.main(["check", *(str(output / part) for part in files)]) == 0
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_split_depends_on_content_and_seed_only(mixed, tmp_path):
-    renamed = tmp_path / "renamed"
-    renamed.mkdir()
-    for i, file in enumerate(sorted(mixed.iterdir(), reverse=True)):
-        (renamed / f"{i:03}{file.suffix}").write_bytes(file.read_bytes())
-    for source, output, seed in ((mixed, "a", 0), (renamed, "b", 0), (mixed, "c", 1)):
-        assert dataset_tools.main(["split", str(source), "--output", str(tmp_path / output), "--val-share", "0.3",
-                          "--seed", str(seed)]) == 0
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert contents(tmp_path / "a")["val"] != contents(tmp_path / "c")["val"]
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["train", "val"]
-
-
-def test_split_distinct_keeps_one_of_each(mixed, tmp_path):
-    (tmp_path / "out").mkdir()    # empty is fine
-    assert dataset_tools.main(["split", str(mixed), "--output", str(tmp_path / "out"), "--distinct"]) == 0
-    digests = sum(contents(tmp_path / "out").values(), [])
-    assert len(digests) == len(set(digests)) == 25
-    names = {file.name for part in (tmp_path / "out").iterdir() for file in part.iterdir()}
-    assert "05.png" in names and "exact00.png" not in names    # the first by name stays
-
-
-def test_split_refusals(mixed, tmp_path, capsys):
-    full = tmp_path / "full"
-    save(full / "a.png", picture())
-    alike = tmp_path / "alike"
-    for quality in (50, 60, 70):
-        save(alike / f"{quality}.jpg", picture(), quality=quality)
-    new = str(tmp_path / "new")
-    for argv, message in [
-        ([str(mixed), "--output", str(full)], "is not empty; give a new folder"),
-        ([str(mixed), "--output", str(full / "a.png")], "is not empty; give a new folder"),
-        ([str(mixed), "--output", new, "--val-share", "0"], "between 0 and 1"),
-        ([str(mixed), "--output", new, "--val-share", "0.6", "--test-share", "0.4"], "between 0 and 1"),
-        ([str(mixed), "--output", new, "--val-share", "nan"], "between 0 and 1"),
-        ([str(alike), "--output", new], "no picture is left for val: the 3 picture(s) form 1 group(s)"),
-    ]:
-        assert dataset_tools.main(["split", *argv]) == 2
-        assert message in capsys.readouterr().err
-    assert not Path(new).exists()
-
-
-def test_a_failed_split_leaves_nothing(mixed, tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(dataset_tools.shutil, "copy", fail)
-    assert dataset_tools.main(["split", str(mixed), "--output", str(tmp_path / "out")]) == 2
-    assert "No space left on device" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
-
-
-# ---- holes ----------------------------------------------------------------------------------------------------------
-
-def test_every_picture_gets_a_hole_of_its_size_that_depends_on_seed_and_name(tmp_path, capsys):
-    for name, width, height in (("a.png", 64, 64), ("b.jpg", 64, 64), ("c.png", 40, 90)):
-        save(tmp_path / "src" / name, picture(0, height, width))
-    save(tmp_path / "one" / "b.png", picture(1, 64, 64))
-    for source, output, *flags in (("src", "x"), ("one", "y"), ("src", "z", "--seed", "1"), ("src", "w", "--kind", "all")):
-        assert dataset_tools.main(["holes", str(tmp_path / source), "--output", str(tmp_path / output), *flags]) == 0
-    pairs = pair(tmp_path / "src", tmp_path / "x")
-    masks = {stem: read_mask(mask) for stem, _, mask in pairs}
-    assert {stem: read_image(image).shape[1:] for stem, image, _ in pairs} == {s: m.shape[1:] for s, m in masks.items()}
-    drawn = {seed: random_walks(1, 64, dataset_tools.hole_generator("b", seed))[0] for seed in (0, 1)}
-    of_all_kinds = random_holes(1, 64, dataset_tools.hole_generator("b", 0))[0]
-    for mask, expected in ((masks["b"], drawn[0]), *((read_mask(tmp_path / folder / "b.png"), hole) for folder, hole in
-                           (("y", drawn[0]), ("z", drawn[1]), ("w", of_all_kinds)))):    # fmt: skip
-        assert torch.equal(mask, expected)
-    assert not torch.equal(masks["a"], masks["b"]) and not torch.equal(drawn[0], drawn[1])
-    said = capsys.readouterr().out.splitlines()[0]
-    share = sum(mask.double().mean().item() for mask in masks.values()) / 3
-    assert said == f"{tmp_path / 'x'}: 3 holes of {share:.1%} of their pictures on average"
-
-
-def test_holes_refusals(tmp_path, capsys):
-    save(tmp_path / "src/a.png", picture(0, 64, 64))
-    save(tmp_path / "tiny/a.png", picture(0, 1, 1))
-    for argv, message in [
-        (["src", "--output", str(tmp_path / "src")], "is not empty; give a new folder"),
-        (["src", "--output", str(tmp_path / "new"), "--size", "1"], "--size (1) must be at least 2"),
-        (["tiny", "--output", str(tmp_path / "new")], "a.png is too small for a hole that was drawn on 64x64"),
-        (["none", "--output", str(tmp_path / "new")], "none"),
-    ]:
-        assert dataset_tools.main(["holes", str(tmp_path / argv[0]), *argv[1:]]) == 2
-        assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "tiny"]
-
-
-# ---- shards ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> tuple[str, torch.Tensor]:
@@ -665,8 +393,7 @@ def packed(tmp_path_factory) -> tuple[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("packed")
     for i in range(23):
         save(folder / "src" / f"{i:02}.v1.png", picture(i, 12, 16))    # a dot in the stem, which WebDataset would split
-    assert dataset_tools.main(["shards", str(folder / "src"), "--output", str(folder / "s-%06d.tar"), "--size", "8",
-                      "--shard-size", "6"]) == 0
+    write_shards(list(find_images(folder / "src").values()), folder, [f"s-{i:06}.tar" for i in range(4)], 8, 6, seed=0)
     assert sorted(file.name for file in folder.iterdir()) == [*(f"s-{i:06}.tar" for i in range(4)), "src"]
     return f"{folder}/s-{{000000..000003}}.tar", load_folder(folder / "src", 8)
 
@@ -687,28 +414,11 @@ def test_shards_hold_every_picture_once_bit_for_bit(packed, seed):
     assert key(images) != key(packed[1])    # written in random order
 
 
-def test_shards_are_written_the_same_again(packed, tmp_path):
-    source = Path(packed[0]).parent / "src"
-    assert dataset_tools.main(["shards", str(source), "--output", str(tmp_path / "s-%06d.tar"), "--size", "8",
-                      "--shard-size", "6"]) == 0
-    for file in tmp_path.iterdir():
-        assert file.read_bytes() == (source.parent / file.name).read_bytes()
-
-
 def test_the_order_is_a_function_of_seed_and_epoch(packed):
     orders = [key(stream(packed, seed=seed, epoch=epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (None, 0))]
     assert len({tuple(order) for order in orders}) == 4
     assert key(stream(packed, seed=0, epoch=1)) == orders[1]
     assert key(stream(packed, seed=None, epoch=3)) == orders[3]
-
-
-def test_each_run_of_the_buffer_is_permuted_by_itself(packed):
-    first_shard = packed[0].replace("{000000..000003}", "000000")    # 6 samples: 2 runs of 3
-    whole = key(open_shards(first_shard, 8, seed=None))
-    orders = [[whole.index(image) for image in key(open_shards(first_shard, 8, epoch=epoch, buffer=3))]
-              for epoch in range(8)]
-    assert all(sorted(order[:3]) == [0, 1, 2] and sorted(order[3:]) == [3, 4, 5] for order in orders)
-    assert any([i + 3 for i in order[:3]] != order[3:] for order in orders)
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 7, 10, 22, 23, 30])
@@ -733,20 +443,6 @@ def test_loader_workers_give_the_batches_that_none_gives(packed, workers):
     loaded = list(DataLoader(shards, batch_size=4, num_workers=workers, multiprocessing_context="fork"))
     assert [len(batch) for batch in plain] == [4, 4, 4, 4, 3]
     assert all(torch.equal(a, b) for a, b in zip(plain, loaded, strict=True))
-
-
-def test_no_more_than_the_buffer_is_read_ahead(packed, monkeypatch):
-    taken = 0
-
-    def count(urls, read=_read_shards):
-        nonlocal taken
-        for sample in read(urls):
-            taken += 1
-            yield sample
-
-    monkeypatch.setattr("pictures.shards._read_shards", count)
-    for position, _ in enumerate(open_shards(packed[0], 8, buffer=5)):
-        assert taken <= (position // 5 + 1) * 5
 
 
 def test_shards_resize_and_refuse(packed, tmp_path):
@@ -774,24 +470,8 @@ def test_samples_without_a_picture_are_named(tmp_path):
         list(open_shards(tmp_path / "b.tar", 8))
 
 
-def test_shards_command_refusals(packed, tmp_path, capsys):
-    source = str(Path(packed[0]).parent / "src")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "text.png").write_text("no picture")
-    for argv, message in [
-        ([source, "--output", str(tmp_path / "one.tar")], "must number the shards"),
-        ([source, "--output", str(tmp_path / "%d-%d.tar")], "must number the shards"),
-        ([source, "--output", str(tmp_path / "s-%06d.zip")], "must number the shards"),
-        ([source, "--output", str(tmp_path / "s-%d.tar"), "--shard-size", "0"], "must be at least 1"),
-        ([source, "--output", str(Path(source).parent / "s-%06d.tar")], "exists; remove the old shards"),
-        ([str(tmp_path / "bad"), "--output", str(tmp_path / "s-%06d.tar")], "cannot read"),
-    ]:
-        assert dataset_tools.main(["shards", *argv, "--size", "8"]) == 2
-        assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+# ---- views ----
 
-
-# ---- views ----------------------------------------------------------------------------------------------------------
 
 def smooth_pictures(count: int, size: int = 32) -> torch.Tensor:
     """(count, 3, size, size) in [-0.5, 0.5]."""
