@@ -6,33 +6,36 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.processes import on_main
+from training.run import Run
 from utils import UserError, atomic_write
 
 _MAGIC = b"MGCKPT01"    # after the payload: this, then the sha256 of the payload
 
 
+class OtherKind(UserError):
+    """A good checkpoint of something else."""
+
+
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a training checkpoint with its checksum: aside, flushed, renamed. A crash leaves the old file as it was."""
+    """Write a training checkpoint with its checksum. It is written aside and renamed, so a crash leaves the old file."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         hashed = _HashedFile(file)
         try:
             torch.save(state, hashed)
-        except RuntimeError as error:    # what torch.save makes of a full disk; the disk's own word came before it
+        except RuntimeError as error:    # torch.save turns a full disk into this; the system's own error is its context
             reason = error.__context__
             raise reason if isinstance(reason, OSError) else OSError(None, str(error).splitlines()[0]) from error
         file.write(_MAGIC + hashed.sha256.digest())
 
 
 class _HashedFile:
-    """Hashes what is written on its way to the file."""
+    """A file that hashes what is written to it."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -46,7 +49,7 @@ class _HashedFile:
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
-    """Read a training checkpoint written by `save_checkpoint`; its checksum and kind must fit, and no code is run."""
+    """Read a checkpoint of `save_checkpoint`. Its checksum and kind must fit, and no code in it is run."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -64,7 +67,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} can't be loaded safely: {reason}") from error
     if not isinstance(state, dict) or state.get("kind") != kind:
         found = state.get("kind") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"checkpoint {path} holds {found!r}, expected {kind!r}")
+        raise OtherKind(f"checkpoint {path} holds {found!r}, expected {kind!r}")
     return state
 
 
@@ -77,25 +80,58 @@ def save_last(folder: Path, state: dict[str, Any]) -> None:
     os.replace(new, last)
 
 
-def find_resume(folder: Path, resume: str | None, kind: str) -> dict[str, Any] | None:
-    """The state to continue from: `resume` is None, a file, or 'auto' for the newest good checkpoint in `folder`."""
-    if resume is None:
+# ---- resuming ----
+
+
+NAMES = (("next.pt",), ("last.pt",), ("previous.pt", "best.pt"))    # newest first; either of the last two may be the newer
+WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.safetensors")
+
+
+def find_resume(folder: Path, wish: str | None, kind: str) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None to begin.
+
+    Args:
+        wish: --resume: None, a file, or 'auto' for the newest good checkpoint in `folder`.
+        kind: of the run. A folder that holds other checkpoints, or unreadable ones, is refused.
+    """
+    found = sorted({path.name for pattern in WEIGHTS for path in folder.glob(pattern)})
+    holds = f"{folder} holds {', '.join(found)}"
+    if wish not in (None, "auto"):
+        if found and Path(wish).resolve().parent != folder.resolve():
+            raise UserError(f"{holds} already; give another --output-dir, or --resume auto if this is the run to continue")
+        state = load_checkpoint(wish, kind)
+    elif not found:
+        if wish:
+            print(f"notice: no checkpoint in {folder}, starting from the beginning", file=sys.stderr)
         return None
-    if resume != "auto":
-        return load_checkpoint(resume, kind)
-    # next.pt is there if save_last was killed between its renames. previous.pt and best.pt: either may be the newer one.
-    for names in (("next.pt",), ("last.pt",), ("previous.pt", "best.pt")):
+    else:
+        state, reasons = newest(folder, kind)
+        if state is None:
+            raise UserError(f"{holds}, but no checkpoint that can be continued ({reasons}); give another --output-dir")
+        if wish is None:
+            raise UserError(f"{holds}: a run already; continue it with --resume auto, or give another --output-dir")
+    if not (folder / "best.pt").exists():
+        state["best"] = math.inf    # continued elsewhere: the best one from here on
+    return state
+
+
+def newest(folder: Path, kind: str) -> tuple[dict[str, Any] | None, str]:
+    """The newest good checkpoint of a folder, and what is wrong with newer ones. One of another kind is refused."""
+    reasons = []
+    for names in NAMES:
         good = []
-        for name in names:
-            if (folder / name).exists():
-                try:
-                    good.append(load_checkpoint(folder / name, kind))
-                except UserError as error:
-                    print(f"notice: {error}; looking for an older one", file=sys.stderr)
+        for path in (folder / name for name in names if (folder / name).exists()):
+            try:
+                good.append(load_checkpoint(path, kind))
+            except OtherKind as error:
+                raise UserError(f"{error}; give another --output-dir") from error
+            except UserError as error:
+                reasons.append(str(error))
         if good:
-            return max(good, key=lambda state: state.get("step", 0))
-    print(f"notice: no usable checkpoint in {folder}, starting from the beginning", file=sys.stderr)
-    return None
+            for reason in reasons:
+                print(f"notice: {reason}; looking for an older one", file=sys.stderr)
+            return max(good, key=lambda state: state.get("step", 0)), ""
+    return None, "; ".join(reasons) or f"there is no {NAMES[1][0]}"
 
 
 # What may differ between a run and its continuation without changing what is computed.
@@ -113,6 +149,18 @@ def check_same_config(saved: dict[str, dict], given: dict[str, dict]) -> None:
                 raise UserError(f"can't resume: {section}.{key} is {value!r}, the checkpoint was trained with {before!r}")
 
 
+def check_same_input(saved: dict[str, str], given: dict[str, str], allowed: bool) -> None:
+    """A run continues with the pictures and weights that it began with, unless `allowed` says that they may change."""
+    changed = [name for name, value in given.items() if name in saved and saved[name] != value]
+    if not changed:
+        return
+    name = changed[0]
+    difference = f"{name}: now {given[name]}, the run began with {saved[name]}"
+    if not allowed:
+        raise UserError(f"can't resume: other {difference}; give the same again, or --allow-changes")
+    print(f"notice: the run continues with other {difference}", file=sys.stderr)
+
+
 @dataclass
 class Progress:
     """Saved in every checkpoint."""
@@ -120,39 +168,19 @@ class Progress:
     step: int = 0             # optimizer steps done
     best: float = math.inf    # lowest validation loss so far
     skipped: int = 0          # steps left out because their numbers were not finite
-    pictures: int = 0         # in the training set
 
 
-def resume_run(
-    folder: Path, kind: str, wish: str | None, accelerator: Any, configs: dict, pictures: int,
-    restore: Callable[[dict], None],
-) -> Progress:    # fmt: skip
-    """Continue as `wish` (--resume) says, in all processes from the same checkpoint: `restore` takes its state."""
-    state = on_main(accelerator, lambda: _find(folder, kind, wish))
+def resume_run(run: Run, state: dict[str, Any] | None, allow_changes: bool = False) -> Progress:
+    """Continue from a checkpoint of `find_resume`, in all processes from the same one."""
     if state is None:
-        return Progress(pictures=pictures)
+        return Progress()
     try:
-        check_same_config(state["config"], configs)
-        progress = Progress(int(state["step"]), float(state["best"]))
-        progress.skipped, progress.pictures = state.get("skipped", 0), state.get("pictures", pictures)
-        if progress.pictures != pictures:
-            raise UserError(f"can't resume: the run began with {progress.pictures} pictures, now there are {pictures}")
-        restore(state)
+        check_same_config(state["config"], run.configs)
+        check_same_input(state.get("input", {}), run.input, allow_changes)
+        run.restore(state)
+        return Progress(int(state["step"]), float(state["best"]), int(state.get("skipped", 0)))
     except UserError:
         raise
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise UserError(f"can't resume: the checkpoint does not fit this run ({reason})") from error
-    return progress
-
-
-def _find(folder: Path, kind: str, wish: str | None) -> dict | None:
-    begun = [name for name in ("last.pt", "previous.pt", "best.pt") if (folder / name).exists()]
-    if begun and wish is None:
-        raise UserError(
-            f"{folder} holds a run already ({', '.join(begun)}); go on with --resume auto, or give another --output-dir"
-        )
-    state = find_resume(folder, wish, kind)
-    if state is not None and not (folder / "best.pt").exists():
-        state["best"] = math.inf    # continued elsewhere: the best one from here on
-    return state

@@ -12,91 +12,103 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from training.checkpoints import Progress, save_checkpoint, save_last
+from training.checkpoints import Progress, find_resume, resume_run, save_checkpoint, save_last
 from training.logger import Logger
-from training.processes import agreed_signal
+from training.processes import agreed_signal, check_split, errors_told_once, on_main, start_accelerator
+from training.run import Run
+from training.speed import check_capture
 from training.stopping import NotFinite, StopRequest
-from utils import seeded
+from utils import UserError, seeded, writable_folder
 
 MAX_SKIPPED = 10    # steps that --on-nan skip leaves out before it gives up
 
 
-class StepCount:
-    """Steps of a run, from its `config` and its `pictures`."""
-
-    @property
-    def per_epoch(self) -> int:
-        return len(self.pictures) // self.config.batch_size
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.epochs * self.per_epoch
-
-
-def training_loop(
-    c: Any,
-    accelerator: Any,
-    folder: Path,
-    progress: Progress,
-    *,
-    per_epoch: int,
-    on_nan: str,
-    train_step: Callable[[int], dict[str, float]],
-    validate: Callable[[int], dict[str, float] | None],
-    state: Callable[[], dict],
-    export: Callable[[], None] | None = None,
-) -> int:
-    """Train from where `progress` stands to the end.
+def run_stage(args: Any, c: Any, kind: str, build: Callable[[Any], Run], **ddp_options: bool) -> int:
+    """Start the processes, build the run, resume it and train it: what every stage does.
 
     Args:
-        c: the stage's config: epochs, batch_size, seed, log_every, save_every.
-        train_step: step -> numbers to log. Raises NotFinite before it has changed anything.
-        validate: epochs done -> scores with val_loss, the same in all processes; None where none is due.
-        state: the checkpoint's content; `progress` is added to it.
-        export: called when the validation loss has never been lower.
+        args: the command's flags.
+        c: the stage's config.
+        kind: of its checkpoints.
+        build: accelerator -> the run.
+    Returns:
+        The exit code of `training_loop`.
+    """
+    accelerator = start_accelerator(args.device, c.precision, **ddp_options)
+    with errors_told_once(accelerator, args.output_dir):
+        check_split(c.batch_size, c.accum_grad, accelerator)
+        check_capture(getattr(args, "capture", False), accelerator)
+        check_places(args)
+        folder = on_main(accelerator, lambda: writable_folder(args.output_dir))
+        state = on_main(accelerator, lambda: find_resume(folder, args.resume, kind))
+        run = build(accelerator)
+        return training_loop(run, folder, resume_run(run, state, args.allow_changes), args.on_nan)
+
+
+def check_places(args: Any) -> None:
+    """Refuse an --output-dir that holds what the run reads: it would be written over."""
+    folder = Path(args.output_dir).resolve()
+    for flag in ("vqgan", "model", "init", "discriminators"):
+        path = getattr(args, flag, None)
+        if path and Path(path).resolve().parent == folder:
+            raise UserError(f"--{flag} {path} lies in --output-dir {folder}; give another --output-dir")
+    for path in [*args.train_dir, args.val_dir]:
+        if folder == Path(path).resolve():
+            raise UserError(f"--output-dir {folder} is a folder of pictures; give another --output-dir")
+
+
+def training_loop(run: Run, folder: Path, progress: Progress, on_nan: str = "stop") -> int:
+    """Train from where `progress` stands to the end.
+
     Returns:
         The exit code: 0, or 128 + the number of the signal that stopped the run.
     """
-    total, main = c.epochs * per_epoch, accelerator.is_main_process
-    clock, done, stopped = Clock(), progress.step * c.batch_size, 0
+    c, accelerator, total = run.config, run.accelerator, run.total_steps
+    main, stopped = accelerator.is_main_process, 0
+    since = (time.perf_counter(), progress.step)    # of the last validation
     with (
         StopRequest() as stop,
         contextlib.closing(Logger(folder, progress.step, main)) as logger,
-        tqdm(total=total * c.batch_size, initial=done, unit="img", disable=not main) as bar,
+        tqdm(total=total * c.batch_size, initial=progress.step * c.batch_size, unit="img", disable=not main) as bar,
     ):
         if main and progress.step == 0:
-            save_last(folder, state() | asdict(progress))    # a disk that is too small shows now, not after hours
+            save_last(folder, run.state() | asdict(progress))    # a disk that is too small shows now, not after hours
         while progress.step < total and not stopped:
             # For what models draw by themselves, such as dropout.
             torch.manual_seed(seeded(c.seed, "step", progress.step, accelerator.process_index).initial_seed())
-            values = step_or_skip(train_step, progress, on_nan)
+            values = step_or_skip(run.train_step, progress, on_nan)
             progress.step += 1
-            clock.count(c.batch_size)
             shown = {name: f"{values[name]:.3g}" for name in ("loss", "learning_rate") if name in values}
             bar.set_postfix(shown, refresh=False)
             bar.update(c.batch_size)
             if progress.step % c.log_every == 0 or values.keys() & {"codes_used", "skipped"}:
                 logger.log(progress.step, **values)
-            scores = validate(progress.step // per_epoch) if progress.step % per_epoch == 0 else None
-            if scores:
-                logger.log(progress.step, **scores)
-                if main:
-                    speed = {"step": progress.step, "images/s": clock.speed()}
-                    tqdm.write(json.dumps(speed | {name: round(value, 4) for name, value in scores.items()}))
-                if scores["val_loss"] < progress.best:
-                    progress.best = scores["val_loss"]
-                    if main:
-                        save_checkpoint(folder / "best.pt", state() | asdict(progress))
-                        if export:
-                            export()
-                clock = Clock()
+            epoch, rest = divmod(progress.step, run.per_epoch)
+            if rest == 0 and is_due(epoch, c.validate_every, c.epochs):
+                speed = (progress.step - since[1]) * c.batch_size / (time.perf_counter() - since[0])
+                validate(run, epoch, folder, progress, logger, speed)
+                since = (time.perf_counter(), progress.step)
             stopped = agreed_signal(stop, accelerator)
             if main and (is_due(progress.step, c.save_every, total) or stopped):
-                save_last(folder, state() | asdict(progress))
+                save_last(folder, run.state() | asdict(progress))
     if stopped and main:
         print(f"stopped by signal {stopped} after step {progress.step}; continue with --resume auto", file=sys.stderr)
     accelerator.end_training()
     return 128 + stopped if stopped else 0
+
+
+def validate(run: Run, epoch: int, folder: Path, progress: Progress, logger: Logger, speed: float) -> None:
+    """Log the scores of the averaged model. If its loss has never been lower, keep it as best.pt and export it."""
+    scores = run.validate(epoch, folder / f"samples_{progress.step:07d}.png")
+    logger.log(progress.step, **scores)
+    if run.accelerator.is_main_process:
+        line = {"step": progress.step, "images/s": round(speed, 1)}
+        tqdm.write(json.dumps(line | {name: round(value, 4) for name, value in scores.items()}))
+    if scores["val_loss"] < progress.best:
+        progress.best = scores["val_loss"]
+        if run.accelerator.is_main_process:
+            save_checkpoint(folder / "best.pt", run.state() | asdict(progress))
+            run.export(folder / "maskgit.safetensors", progress.step)
 
 
 def is_due(count: int, every: int, total: int) -> bool:
@@ -105,7 +117,7 @@ def is_due(count: int, every: int, total: int) -> bool:
 
 
 def step_or_skip(train_step: Callable[[int], dict[str, float]], progress: Progress, on_nan: str) -> dict[str, float]:
-    """A step's numbers; with --on-nan skip, a step that is not finite is left out, MAX_SKIPPED times in a run."""
+    """A step's numbers. With --on-nan skip, steps that are not finite are left out, at most MAX_SKIPPED in a run."""
     try:
         return train_step(progress.step)
     except NotFinite as error:
@@ -116,16 +128,3 @@ def step_or_skip(train_step: Callable[[int], dict[str, float]], progress: Progre
             raise NotFinite(f"{error} ({MAX_SKIPPED} steps were left out before, more are not)") from error
         tqdm.write(f"notice: step left out ({progress.skipped} of at most {MAX_SKIPPED}): {error}", file=sys.stderr)
         return {"skipped": progress.skipped}
-
-
-class Clock:
-    """Pictures per second since it was made."""
-
-    def __init__(self) -> None:
-        self.started, self.pictures = time.perf_counter(), 0
-
-    def count(self, pictures: int) -> None:
-        self.pictures += pictures
-
-    def speed(self) -> float:
-        return round(self.pictures / (time.perf_counter() - self.started), 1)

@@ -1,4 +1,4 @@
-"""Learning rates and weight averages."""
+"""Learning rates and averaged weights."""
 
 import math
 
@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 
-def cosine_rate(step: int, total: int, peak: float, warmup: int) -> float:
-    """Learning rate: linear warm-up over `warmup` steps, then a half cosine down to 0 at `total`."""
+def cosine_rate(step: int, total: float, peak: float, warmup: int) -> float:
+    """Learning rate: linear warm-up over `warmup` steps, then half a cosine down to 0 at `total`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
@@ -27,5 +27,5 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def ema_decay_at(step: int, decay: float) -> float:
-    """Short memory at the start, so that the average forgets the random initialisation: min(decay, (1+t)/(10+t))."""
+    """A short memory at the start, so that the average forgets the random initialisation: min(decay, (1+t)/(10+t))."""
     return min(decay, (1 + step) / (10 + step))

@@ -2,18 +2,20 @@
 
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pictures.files import find_images
 from pictures.folders import load_folder
 from pictures.shards import count_pictures, is_shards, open_shards
 from training.processes import on_main
-from utils import UserError, seeded
+from utils import UserError, fingerprint, seeded
 
 
 @dataclass
@@ -97,6 +99,24 @@ def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictu
         raise UserError("--train-dir takes folders, or one quoted pattern of shards such as 'cats-{0000..0099}.tar'")
     check_one_batch(len(pictures), c)
     return pictures
+
+
+def input_pictures(args: Any, pictures: Sized, val_images: Tensor) -> dict[str, str]:
+    """What the training and validation pictures are: how many, and a hash of their files' names and sizes."""
+    training = [(file.name, size(file)) for path in args.train_dir for file in picture_files(path)]
+    return {
+        "training pictures": f"{len(pictures)} ({fingerprint(training)})",
+        "validation pictures": f"{len(val_images)} ({fingerprint(val_images)})",
+    }
+
+
+def picture_files(path: str) -> list[Path]:
+    """The pictures of a folder, or the shards of a pattern."""
+    return [Path(url) for url in open_shards(path, 1).urls] if is_shards(path) else list(find_images(path).values())
+
+
+def size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0    # a shard on another machine
 
 
 def check_one_batch(pictures: int, c: Any) -> None:

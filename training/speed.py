@@ -1,23 +1,26 @@
-"""Keeps the device busy: work ahead of time, side streams, CUDA graphs."""
+"""Keeps a GPU busy: work ahead of time, side streams, CUDA graphs."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from models.decoding import places
-from training.processes import T
+from models.decoding import masked_positions
 from utils import UserError
+
+T = TypeVar("T")
 
 
 class Ahead:
     """A pure function of the step, computed ahead of time in threads, so that a GPU need not wait for its input.
 
     Args:
-        function: step -> anything. Asked for in order; where it reads a stream of shards, one thread is the most.
-        threads: that many steps are computed at once, ahead of the one asked for; 0: none, compute when asked.
+        function: step -> anything. Steps must be asked for in order; where it reads a stream of shards, use one thread.
+        threads: as many steps are computed at once, ahead of the one asked for; 0: computed when asked for.
     """
 
     def __init__(self, function: Callable[[int], T], threads: int) -> None:
@@ -35,12 +38,12 @@ class Ahead:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x.to(device)`; to a GPU from memory that it reads by itself, so that nothing waits for the copy."""
+    """`x.to(device)`. To a GPU the copy goes on by itself, from pinned memory, and nothing waits for it."""
     return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
 
 
 def in_side_stream(device: torch.device, function: Callable[[int], Iterable[Tensor | None]]) -> Callable[[int], Any]:
-    """The same function for a thread of its own: its work on a GPU runs in a stream of its own, beside the training's."""
+    """The same function, to be called in a thread of its own: on a GPU its work runs in a stream beside the training's."""
     if device.type != "cuda":
         return function
     stream, training = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -58,83 +61,78 @@ def in_side_stream(device: torch.device, function: Callable[[int], Iterable[Tens
     return call
 
 
-class Captured:
-    """A function as one CUDA graph: a replay costs one launch instead of thousands.
-
-    Args:
-        function: tensors, or None, -> tensors. Shapes are fixed, and it reads nothing back from the device; a backward pass
-            may be part of it, if it begins with gradients set to None and these are left where they are. Where it casts
-            automatically, the context begins and ends in it, so that the casts are the graph's own.
-        inputs: the first ones; it is called with them three times before it is captured.
-        beside: another graph whose memory this one may use for what it needs in between; they never run at once.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], inputs: Iterable[Tensor | None], beside: "Captured | None" = None
-    ) -> None:
-        self.inputs = [None if x is None else x.clone() for x in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        pool = None if beside is None else beside.graph.pool()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = function(*self.inputs)
-
-    def __call__(self, *inputs: Tensor | None) -> Any:
-        """The outputs, which the next call writes over."""
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            if mine is not None:
-                mine.copy_(given)
-        self.graph.replay()
-        return self.outputs
-
-
-def check_capture(asked: bool, accelerator: Any) -> None:
-    """Refuse --capture where there are no CUDA graphs, or gradients of several processes to be averaged."""
+def check_capture(asked: bool, accelerator: Accelerator) -> None:
+    """Refuse --capture where there are no CUDA graphs, or where gradients of several processes have to be averaged."""
     if asked and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
         here = f"{accelerator.num_processes} on {accelerator.device.type}"
         raise UserError(f"--capture is for one process on a CUDA device, here there are {here}; leave it out")
 
 
-class CapturedGradients:
-    """A function that leaves gradients in parameters, as CUDA graphs: one for each combination of its inputs' shapes.
+class Captured:
+    """A function as CUDA graphs, one for each combination of its inputs' shapes: a replay costs one launch, not thousands.
 
-    A graph is made when its shapes are seen first; the state of the random numbers stays as if it had been there before.
+    A graph is made when its shapes are seen first. Making it leaves random numbers and `buffers` as they were.
 
     Args:
-        function: as for `Captured`; begins with gradients set to None.
-        parameters: all that get gradients.
+        function: tensors, or None, -> tensors. It reads nothing back from the device. A backward pass may be part of it, if
+            it sets the gradients to None first. Where it uses autocast, the context begins and ends inside it.
+        parameters: all that get gradients from it.
+        buffers: all that it changes besides.
     """
 
-    def __init__(self, function: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> None:
-        self.function, self.parameters = function, list(parameters)
-        self.graphs: dict[tuple, Captured] = {}
+    def __init__(
+        self, function: Callable[..., Any], parameters: Iterable[nn.Parameter] = (), buffers: Iterable[Tensor] = ()
+    ) -> None:
+        self.function, self.parameters, self.buffers = function, list(parameters), list(buffers)
+        self.replays: dict[tuple, Callable[..., tuple[Any, list[Tensor | None]]]] = {}
+        self.pool: Any = None    # memory for what a graph needs in between; they share it, as they never run at once
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
-        """What the function returns, until the next call; the gradients lie in the parameters."""
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        """What the function returns, until the next call. The gradients lie in the parameters."""
         shapes = tuple(None if x is None else x.shape for x in inputs)
-        if shapes not in self.graphs:
+        if shapes not in self.replays:
+            before = [buffer.clone() for buffer in self.buffers]
             with torch.random.fork_rng([torch.cuda.current_device()]):
-                self.graphs[shapes] = Captured(self.with_gradients, inputs, next(iter(self.graphs.values()), None))
-        returned, gradients = self.graphs[shapes](*inputs)
+                self.replays[shapes] = self._capture(inputs)
+            for buffer, value in zip(self.buffers, before, strict=True):
+                buffer.copy_(value)
+        returned, gradients = self.replays[shapes](*inputs)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient    # each graph writes into its own
         return returned
 
-    def with_gradients(self, *inputs: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+    def _call(self, *inputs: Tensor | None) -> tuple[Any, list[Tensor | None]]:
         returned = self.function(*inputs)
         return returned, [parameter.grad for parameter in self.parameters]
 
+    def _capture(self, inputs: Iterable[Tensor | None]) -> Callable[..., tuple[Any, list[Tensor | None]]]:
+        inputs = [None if x is None else x.clone() for x in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):    # PyTorch asks for some rounds before a capture
+                self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            outputs = self._call(*inputs)
+        self.pool = graph.pool()
+        return partial(_replay, graph, inputs, outputs)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, inputs: list[Tensor | None], outputs: Any, *given: Tensor | None) -> Any:
+    for mine, x in zip(inputs, given, strict=True):
+        if mine is not None:
+            mine.copy_(x)
+    graph.replay()
+    return outputs
+
 
 def padded_positions(masked: Tensor) -> Tensor:
-    """`places`, and after them as many others as make M a multiple of B * N / 16.
+    """`masked_positions`, followed by as many other positions as make their number M a multiple of B * N / 16.
 
-    So batches come with few different M, for each of which a CUDA graph can be captured.
+    So batches have few different M, and a CUDA graph can be captured for each.
     """
     step = max(1, masked.shape[1] // 16) * len(masked)
-    first = places(masked)
-    return torch.cat([first, places(~masked)[: -len(first) % step]])       # (M,)
+    first = masked_positions(masked)
+    return torch.cat([first, masked_positions(~masked)[: -len(first) % step]])       # (M,)

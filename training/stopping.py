@@ -4,8 +4,6 @@ import math
 import signal
 from typing import Any
 
-from torch import Tensor
-
 from utils import UserError
 
 
@@ -36,16 +34,11 @@ class NotFinite(UserError):
     """A loss or a gradient is NaN or infinite. Raised before it touches weights or checkpoints."""
 
 
-def check_finite(value: float | Tensor, what: str) -> None:
-    value = value.item() if isinstance(value, Tensor) else value
-    if not math.isfinite(value):
-        raise NotFinite(
-            f"the {what} is {value}: stopped before the weights were changed. Leave such steps out with "
-            "--resume auto --on-nan skip, or begin anew with a lower learning rate or precision fp32"
-        )
-
-
 def check_all_finite(values: dict[str, float], step: int) -> None:
-    """Raise NotFinite that names the step and the first of its numbers that is not finite: terms come before their sums."""
+    """Raise NotFinite that names the step and the first number that is not finite. Terms come before their sums."""
     for name, value in values.items():
-        check_finite(value, f"{name.replace('_', ' ')} of step {step}")
+        if not math.isfinite(value):
+            raise NotFinite(
+                f"the {name.replace('_', ' ')} of step {step} is {value}: stopped before the weights were changed. Leave "
+                "such steps out with --resume auto --on-nan skip, or begin anew with a lower learning rate or precision fp32"
+            )

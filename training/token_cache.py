@@ -1,33 +1,40 @@
-"""A training set's tokens, computed once and read from disk ever after: memory stays the same whatever the set's size.
+"""A training set's tokens, computed once and then read from disk, so that memory does not grow with the set.
 
 A cache is a folder. about.json says what it was made from: a hash of the tokenizer, a hash of the pictures' names, sizes and
-times. The set is cut in pieces, 1024 files of a folder or one shard each, and a piece is up to three memory-mapped arrays:
+times. The set is cut into pieces, 1024 files of a folder or one shard each. A piece is up to three memory-mapped arrays:
 
     plain-000000.u16     (n, N) uint16: tokens of each picture as it is
     mirror-000000.u16    (n, N) uint16, where mirror images are trained on: theirs
     pixels-000000.u8     (n, 3, S, S) uint8, where the transformer looks at pixels beside the tokens
 
-An array is written whole or not at all. So an encoding that was killed goes on with the pieces of which one is missing, and
-of P processes each makes every P-th piece.
+An array is written whole or not at all, so an encoding that was killed continues with the pieces that are missing. Of P
+processes each makes every P-th piece.
 """
+
+import argparse
 import contextlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from models.vqgan import VQGAN
 from pictures.files import find_images
 from pictures.folders import read_square
+from pictures.images import to_float
 from pictures.shards import is_shards, open_shards
+from training.processes import on_main
 from utils import UserError, atomic_write, fingerprint
 
 PIECE = 1024    # files of a folder in a piece; pictures held at a time
@@ -39,6 +46,32 @@ class Piece(NamedTuple):
     name: str            # its number, as it stands in file names
     files: list[Path]    # pictures, or a single shard
     shard: str | None    # the shard, as WebDataset opens it
+
+
+@torch.no_grad()
+def encode(vqgan: VQGAN, images: Tensor, device: torch.device, batch_size: int = 128) -> Tensor:
+    """Tokens of pictures (M, 3, H, W) uint8: (M, N)."""
+    return torch.cat([vqgan.encode(to_float(part.to(device))).cpu() for part in images.split(batch_size)])
+
+
+def open_tokens(
+    args: argparse.Namespace, vqgan: VQGAN, mirror: bool, pixels: bool, accelerator: Accelerator
+) -> "TokenCache":
+    """The training set's tokens, from --token-cache. What is missing there is made first, by all processes together."""
+    folder, c = Path(args.token_cache or Path(args.output_dir) / "tokens"), vqgan.config
+    if c.codebook_size > 65536:
+        raise UserError(f"config vqgan.codebook_size ({c.codebook_size}) must be at most 65536, for tokens of 16 bits")
+    pieces = list_pieces(args.train_dir)
+    weights = [*vqgan.encoder.state_dict().values(), *vqgan.codebook.state_dict().values()]
+    about = {
+        "tokenizer": fingerprint(c.encoder, c.image_size, c.stride, c.l2_normalize, *weights),
+        "pictures": fingerprint_pictures(pieces), "pixels": pixels,
+    }    # fmt: skip
+    on_main(accelerator, lambda: check_about(folder, about))
+    mine = pieces[accelerator.process_index :: accelerator.num_processes]
+    build(folder, mine, partial(encode, vqgan, device=accelerator.device), c.image_size, mirror, pixels, args.bad_images)
+    accelerator.wait_for_everyone()
+    return TokenCache(folder, pieces, c.grid**2, c.image_size, mirror, pixels)
 
 
 def list_pieces(paths: list[str]) -> list[Piece]:
@@ -54,7 +87,7 @@ def list_pieces(paths: list[str]) -> list[Piece]:
 
 
 def fingerprint_pictures(pieces: list[Piece]) -> str:
-    """A hash of the names, sizes and times of all files; to read what is in them would take too long."""
+    """A hash of the names, sizes and times of all files. Reading the files would take too long."""
     return fingerprint([[(file.name, *_size_and_time(file)) for file in piece.files] for piece in pieces])
 
 
@@ -67,7 +100,7 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def check_about(folder: Path, about: dict[str, Any]) -> None:
-    """Begin a cache that is not there yet; refuse one that was made from something else.
+    """Begin a cache that does not exist yet; refuse one that was made from something else.
 
     Args:
         about: everything that the arrays depend on: hashes of the tokenizer and of the pictures, and settings.
@@ -96,7 +129,7 @@ def build(
     folder: Path, pieces: list[Piece], encode: Callable[[Tensor], Tensor], size: int,
     mirror: bool, pixels: bool, bad_images: str,
 ) -> None:    # fmt: skip
-    """Write those of the pieces that are missing. `encode`: (n, 3, size, size) uint8 -> (n, N) tokens below 65536."""
+    """Write the pieces that are missing. `encode`: (n, 3, size, size) uint8 -> (n, N) tokens below 65536."""
     missing = [piece for piece in pieces if not all(path.exists() for path in _paths(folder, piece, mirror, pixels))]
     bad: list[UserError] = []
     for piece in tqdm(missing, desc="encoding", unit="piece", disable=None if missing else True):
@@ -113,7 +146,7 @@ def build(
 
 def _paths(folder: Path, piece: Piece, mirror: bool, pixels: bool) -> list[Path]:
     names = {"plain-{}.u16": True, "mirror-{}.u16": mirror, "pixels-{}.u8": pixels}
-    return [folder / name.format(piece.name) for name, wanted in names.items() if wanted]
+    return [folder / name.format(piece.name) for name, present in names.items() if present]
 
 
 @contextlib.contextmanager
@@ -123,7 +156,7 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _read(piece: Piece, size: int, bad_images: str, bad: list[UserError]) -> Iterator[Tensor]:
-    """A piece's pictures, (n, 3, size, size) uint8 at a time. What is wrong with pictures that are skipped goes to `bad`."""
+    """A piece's pictures, (n, 3, size, size) uint8 at a time. Errors of pictures that are skipped go to `bad`."""
     if piece.shard is not None:
         stream = iter(open_shards(piece.shard, size, seed=None, bad_images=bad_images))
         while images := list(islice(stream, PIECE)):
@@ -146,7 +179,7 @@ def _read(piece: Piece, size: int, bad_images: str, bad: list[UserError]) -> Ite
 
 
 class TokenCache:
-    """Reads a cache all of whose pieces are there."""
+    """Reads a complete cache."""
 
     def __init__(self, folder: Path, pieces: list[Piece], seq_len: int, size: int, mirror: bool, pixels: bool) -> None:
         kinds = [(np.uint16, (seq_len,))] * (1 + mirror) + [(np.uint8, (3, size, size))] * pixels
@@ -155,7 +188,7 @@ class TokenCache:
             arrays.append([_map(path, *kind) for path, kind in zip(paths, kinds, strict=True)])
             if len({len(array) for array in arrays[-1]}) > 1:
                 names = " and ".join(path.name for path in paths)
-                raise UserError(f"{names} in {folder} differ in length; delete them, to make them anew")
+                raise UserError(f"{names} in {folder} differ in length; delete them, and they are made anew")
         self.tokens = [piece[: 1 + mirror] for piece in arrays]                     # 1 or 2, each (n, N)
         self.pixels = [piece[-1] for piece in arrays] if pixels else None           # each (n, 3, S, S)
         self.ends = np.cumsum([len(piece[0]) for piece in arrays])
@@ -190,4 +223,4 @@ def _map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         return np.memmap(path, dtype, "r", shape=(n, *shape)) if n else np.empty((0, *shape), dtype)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"token cache file {path} can't be used ({reason}); delete it, to make it anew") from error
+        raise UserError(f"token cache file {path} can't be used ({reason}); delete it, and it is made anew") from error

@@ -2,20 +2,40 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.maskgit import MaskGIT
-from utils import UserError, atomic_write
+from models.vqgan import VQGAN, VQGANConfig
+from training.checkpoints import load_checkpoint
+from utils import UserError, fingerprint
+
+
+def load_vqgan(path: str) -> VQGAN:
+    """The averaged VQGAN of a stage-1 training checkpoint, or the VQGAN inside a finished model."""
+    if path.endswith(".safetensors"):
+        return MaskGIT.from_pretrained(Path(path)).vqgan.without_context()
+    state = load_checkpoint(path, "vqgan-training")
+    try:
+        vqgan = VQGAN(VQGANConfig(**state["config"]["vqgan"]))
+        vqgan.load_state_dict(state["ema"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise UserError(f"checkpoint {path} does not fit its own config ({reason})") from error
+    return vqgan.eval().requires_grad_(False)
+
+
+def fingerprint_module(*modules: nn.Module | None) -> str:
+    """A short hash of weights; 'none' without a module."""
+    weights = [x for module in modules if module is not None for x in module.state_dict().values()]
+    return fingerprint(*weights) if weights else "none"
 
 
 def tokenizer_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
-    """The first weight in which two VQGANs' encoders or codebooks differ, so that they make other tokens; None: in none.
+    """The first weight in which two VQGANs' encoders or codebooks differ, so that they make other tokens; None if none does.
 
-    Compared in half precision, which model files hold.
+    They are compared in half precision, which model files hold.
     """
     names = [name for name in other if not name.startswith("decoder.")]
     return next((n for n in names if n not in one or not torch.equal(one[n].cpu().half(), other[n].cpu().half())), None)
@@ -33,9 +53,9 @@ def other_model(flag: str, path: str, model: MaskGIT) -> MaskGIT:
 
 
 def trained_transformer(flag: str, path: str, model: MaskGIT) -> dict[str, Tensor]:
-    """The transformer's weights in the model file of a flag, which must be of the architecture and the tokens of `model`.
+    """The transformer's weights in the model file of a flag. Architecture and tokens must be those of `model`.
 
-    Its dropout may be another: that is how it was trained, not what it is.
+    Its dropout may differ: that is how it was trained, not what it is.
     """
     trained, here = other_model(flag, path, model).transformer, model.transformer.config
     if replace(trained.config, dropout=here.dropout, attention_dropout=here.attention_dropout) != here:
@@ -49,12 +69,3 @@ def trained_decoder(flag: str, path: str, model: MaskGIT) -> dict[str, Tensor]:
     if trained.config != here:
         raise UserError(f"{flag} {path} has another VQGAN, {asdict(trained.config)}; here it is {asdict(here)}")
     return trained.decoder.state_dict()
-
-
-def export_model(model: Any, path: Path, **notes: str) -> None:
-    """A MaskGIT, both stages in one file."""
-    with atomic_write(path) as temporary:
-        try:
-            model.save_file(temporary, **notes)
-        except SafetensorError as error:    # what safetensors makes of a full disk
-            raise OSError(None, str(error)) from error

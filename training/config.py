@@ -1,0 +1,58 @@
+"""What the configs of the three stages have in common, and what their fields may hold."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from models.config import STRICT, Count
+from utils import UserError
+
+Steps = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]    # of a loss term
+
+LIMITS = {"image_size": 4096, "depth": 1000, "encoder_depth": 1000, "decoder_blocks": 1000, "discriminator_strided": 8}
+MOST_PARAMETERS = 1e11
+
+
+@dataclass(config=STRICT)
+class TrainConfig:
+    """Keys of every stage. The stages have defaults of their own for some of them."""
+
+    epochs: Count = 100
+    batch_size: Count = 32              # pictures per optimizer step, over all processes and micro-batches
+    accum_grad: Count = 1               # micro-batches per optimizer step
+    learning_rate: Positive = 1e-4      # peak, after warm-up; falls along half a cosine
+    warmup_steps: Steps = 200           # optimizer steps
+    grad_clip: Positive = 1.0           # largest gradient norm
+    ema_decay: Fraction = 0.999         # of the averaged weights
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: Seed = 0
+    log_every: Count = 50               # steps
+    save_every: Count = 500             # steps between two last.pt
+    validate_every: Count = 1           # epochs between two validations, each of which may write a checkpoint
+    val_pictures: Count = 256
+
+
+def check_size(section: str, config: Any, build: Callable[[], nn.Module]) -> None:
+    """Refuse a model that no machine can hold, before any memory is asked for it. `build` makes it from `config`."""
+    for name, limit in LIMITS.items():
+        value = getattr(config, name, 0)
+        if max(value, default=0) > limit if isinstance(value, list) else value > limit:
+            raise UserError(f"config {section}.{name} must be at most {limit}, got {value}")
+    try:
+        with torch.device("meta"):    # shapes only
+            count = sum(parameter.numel() for parameter in build().parameters())
+    except ValueError as error:    # two configs that don't fit each other
+        raise UserError(f"config {error}") from error
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"config {section} describes a model that can't be built: {reason}") from error
+    if count > MOST_PARAMETERS:
+        raise UserError(f"config {section} describes {count:.1e} parameters, more than {MOST_PARAMETERS:.0e}")

@@ -1,0 +1,107 @@
+"""A batch of stage 2: which pictures, which of their tokens are hidden, and what the transformer sees of their pixels."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.decoding import lowest, masked_positions
+from models.maskgit import pixel_to_token_mask
+from models.schedule import gamma
+from pictures.holes import random_holes
+from pictures.images import to_float
+from pictures.views import Views, random_views, take_views
+from training.pictures_by_step import epoch_order
+from training.speed import padded_positions, to_device
+from utils import seeded
+
+if TYPE_CHECKING:
+    from training.transformer import TrainTransformerConfig, TransformerRun
+
+
+def draw_masks(
+    count: int, size: int, stride: int, c: TrainTransformerConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Holes and hidden tokens of a batch.
+
+    There are three kinds of pictures: with a hole like those to be completed; wholly unknown; and with tokens missing here
+    and there, as many as a uniform draw says (the reference's only kind). In the first two a share gamma(r), r uniform, of
+    the hole's tokens is hidden and the others are shown: that is what the transformer meets between two rounds of decoding.
+
+    Returns:
+        holes: (B, 1, H, W) bool, pixels that are not shown.
+        masked: (B, N) bool, tokens to be predicted, at least one in each row and all of them inside the hole.
+    """
+    grid = size // stride
+    N = grid * grid
+    kind = torch.rand(count, generator=generator)
+    hole_like, full = kind < c.hole_share, kind >= 1 - c.full_share
+    scattered = (torch.rand(count, N, generator=generator).argsort(1)
+                 < torch.randint(1, N + 1, (count, 1), generator=generator))                 # (B, N), fmt: skip
+    holes = scattered.view(count, 1, grid, grid).repeat_interleave(stride, 2).repeat_interleave(stride, 3)
+    holes = torch.where(hole_like.view(-1, 1, 1, 1), random_holes(count, size, generator), holes)
+    holes = holes | full.view(-1, 1, 1, 1)                                                   # (B, 1, H, W)
+    inside = pixel_to_token_mask(holes, stride)                                              # (B, N)
+    share = gamma(c.mask_schedule, torch.rand(count, generator=generator, dtype=torch.float64))
+    share = torch.where(hole_like | full, share, 1.0)                                        # (B,)
+    hidden = (share * inside.sum(1)).ceil().long().clamp_min(1)                              # (B,)
+    order = torch.rand(count, N, generator=generator).masked_fill(~inside, float("inf"))
+    return holes, lowest(order, hidden)
+
+
+class Drawn(NamedTuple):
+    """This process's part of the batch of one optimizer step, on the CPU; b = B / processes."""
+
+    image: Tensor | None        # (b, 3, H, W) uint8, where pixels are needed
+    views: Views | None         # how these are seen, where they are augmented
+    tokens: Tensor              # (b, N), of the pictures as they are
+    holes: Tensor               # (b, 1, H, W) bool
+    masked: Tensor              # (b, N) bool, tokens to be predicted
+    total: Tensor               # scalar, how many these are in the whole batch
+    positions: list[Tensor]     # (M,) where they are, for each micro-batch
+
+
+def draw_batch(run: TransformerRun, step: int) -> Drawn:
+    """The batch of all processes is a function of (seed, step) alone."""
+    c, vqgan = run.config, run.ema.vqgan.config
+    epoch, k = divmod(step, run.per_epoch)
+    chosen = epoch_order(len(run.pictures), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
+    generator = seeded(c.seed, "transformer batch", step)
+    mirrored = (torch.rand(len(chosen), generator=generator) < 0.5) & c.mirror               # (B,)
+    holes, masked = draw_masks(len(chosen), vqgan.image_size, vqgan.stride, c, generator)    # (B, 1, H, W), (B, N)
+    tokens, image = run.pictures.rows(chosen[run.mine], mirrored[run.mine])                  # (b, N), (b, 3, H, W)
+    if image is not None:
+        image = torch.where(mirrored[run.mine].view(-1, 1, 1, 1), image.flip(3), image)
+    views = None
+    if c.augment:
+        views = Views(*(part[run.mine] for part in random_views(len(chosen), c.augment, generator)))
+    total, masked = masked.sum(), masked[run.mine]
+    find = padded_positions if run.captured else masked_positions
+    positions = [find(masked[micro :: c.accum_grad]) for micro in range(c.accum_grad)]
+    return Drawn(image, views, tokens, holes[run.mine], masked, total, positions)
+
+
+class Batch(NamedTuple):
+    """A drawn batch as the model takes it, on its device."""
+
+    tokens: Tensor              # (b, N)
+    masked: Tensor              # (b, N) bool
+    pixels: Tensor | None       # (b, N, pixel_dim), where the transformer takes them
+    total: Tensor               # scalar
+    positions: list[Tensor]     # (M,) for each micro-batch
+
+
+@torch.no_grad()
+def prepare(run: TransformerRun, drawn: Drawn) -> Batch:
+    send = partial(to_device, device=run.accelerator.device)
+    tokens, pixels = send(drawn.tokens), None
+    if drawn.image is not None:
+        image = to_float(send(drawn.image))                                                  # (b, 3, H, W)
+        if drawn.views is not None:
+            image = take_views(image, Views(*map(send, drawn.views)))
+            tokens = run.ema.vqgan.encode(image)                                             # (b, N)
+        pixels = run.ema.pixels_of(image, send(drawn.holes))
+    return Batch(tokens, send(drawn.masked), pixels, send(drawn.total), [*map(send, drawn.positions)])

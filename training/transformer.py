@@ -1,0 +1,244 @@
+"""Stage 2: the masked-token transformer. `train` is the whole of it, from the flags to the last checkpoint."""
+
+import argparse
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from models.config import STRICT, Count
+from models.maskgit import MaskGIT
+from models.schedule import SCHEDULES
+from models.transformer import TransformerConfig
+from pictures.folders import load_folder
+from pictures.images import to_float
+from training.config import Fraction, Positive, Steps, TrainConfig, Weight, check_size
+from training.loop import is_due, run_stage
+from training.losses import validation_holes, write_grid
+from training.muon import Muon
+from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
+from training.options import load_sections
+from training.pictures_by_step import check_one_batch, input_pictures
+from training.processes import on_main
+from training.run import Run
+from training.speed import Ahead, Captured
+from training.token_batches import Batch, draw_batch, draw_masks, prepare
+from training.token_cache import TokenCache, encode, open_tokens
+from training.weights import load_vqgan, trained_transformer
+from utils import UserError, build_config, seeded
+
+
+@dataclass(config=STRICT)
+class TrainTransformerConfig(TrainConfig):
+    epochs: Count = 300
+    batch_size: Count = 64
+    optimizer: Literal["adamw", "muon"] = "adamw"    # muon: for the blocks' matrices; half the steps to the same loss
+    learning_rate: Positive = 5e-4
+    warmup_steps: Steps = 500
+    # cosine: half a cosine down to 0; plateau: x 0.1 when validation stops improving; constant: for a run from which
+    # another one continues (--init)
+    rate_schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    plateau_patience: Steps = 10       # validations without improvement before the rate falls
+    weight_decay: Weight = 0.03
+    label_smoothing: Fraction = 0.0
+    mirror: bool = True                # train on mirror images too
+    augment: Fraction = 0.0            # share of pictures turned, zoomed, moved and recoloured a little, encoded anew
+    hole_share: Fraction = 0.6         # share of pictures whose hidden tokens lie in a hole-shaped mask
+    full_share: Fraction = 0.15        # share of pictures of which nothing is known; the rest: tokens scattered at random
+    mask_schedule: Literal[SCHEDULES] = "cosine"    # gamma of the share hidden inside holes and of unknown pictures
+    sample_every: Count = 5            # epochs between two grids of completions, written with a validation
+    val_pictures: Count = 512
+
+    def __post_init__(self) -> None:
+        if self.hole_share + self.full_share > 1 + 1e-9:
+            raise ValueError(f"hole_share + full_share must not exceed 1, got {self.hole_share + self.full_share}")
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run the command with its flags. Returns the exit code."""
+    sections = load_sections(args, "train_transformer")
+    model_config = build_config(TransformerConfig, sections["transformer"], "transformer")
+    c = build_config(TrainTransformerConfig, sections["train_transformer"], "train_transformer")
+    return run_stage(args, c, TransformerRun.KIND, lambda accelerator: build_run(args, model_config, c, accelerator))
+
+
+@plain_dataclass
+class TransformerRun(Run):
+    KIND = "transformer-training"
+
+    config: TrainTransformerConfig
+    pictures: TokenCache
+    val_tokens: Tensor    # (M, N) of the validation pictures
+    model: nn.Module      # MaskGIT
+    ema: MaskGIT
+    optimizer: torch.optim.Optimizer
+    plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
+    captured: Captured | None = None    # `gradients`, with --capture
+
+    def __post_init__(self) -> None:
+        self.drawn = Ahead(lambda step: draw_batch(self, step), threads=8 if self.accelerator.device.type == "cuda" else 0)
+
+    @property
+    def plain(self) -> MaskGIT:
+        return self.unwrap(self.model)
+
+    def parts(self) -> dict:
+        return {
+            "model": self.plain.transformer, "ema": self.ema.transformer, "optimizer": self.optimizer,
+            "plateau": self.plateau,
+        }    # fmt: skip
+
+    def state(self) -> dict:
+        return super().state() | {"vqgan": self.plain.vqgan.state_dict()}
+
+    def restore(self, state: dict) -> None:
+        for name, value in self.plain.vqgan.state_dict().items():
+            if not torch.equal(value.cpu(), state["vqgan"][name]):
+                raise UserError("can't resume: the checkpoint was trained with another VQGAN than --vqgan gives")
+        super().restore(state)
+
+    def train_step(self, step: int) -> dict[str, float]:
+        return train_step(self, step, prepare(self, self.drawn(step)))
+
+    def validate(self, epoch: int, grid: Path) -> dict[str, float]:
+        if self.accelerator.is_main_process and is_due(epoch, self.config.sample_every, self.config.epochs):
+            write_completions(self, grid)
+        scores = validate(self)
+        self.plateau.step(scores["val_loss"])
+        return scores
+
+    def export(self, path: Path, step: int) -> None:
+        self.ema.save_file(path, steps=str(step))
+
+
+def build_run(
+    args: argparse.Namespace, model_config: TransformerConfig, c: TrainTransformerConfig, accelerator: Accelerator
+) -> TransformerRun:
+    """Model, pictures, tokens and optimizer, on their device."""
+    vqgan = on_main(accelerator, lambda: load_vqgan(args.vqgan))
+    check_size("transformer", model_config, lambda: MaskGIT(vqgan.config, model_config))
+    torch.manual_seed(c.seed)
+    model = MaskGIT(vqgan.config, model_config)
+    model.vqgan.load_state_dict(vqgan.state_dict())
+    if args.init:
+        first = on_main(accelerator, lambda: trained_transformer("--init", args.init, model))
+        model.transformer.load_state_dict(first)
+    else:
+        model.embed_codes(seeded(c.seed, "embed codes"))
+    model.to(accelerator.device)
+
+    val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: c.val_pictures]
+    val_tokens = encode(model.vqgan, val_images, accelerator.device)
+    pixels = model_config.pixel_dim > 0 or c.augment > 0
+    tokens = open_tokens(args, model.vqgan, c.mirror, pixels, accelerator)
+    check_one_batch(len(tokens), c)
+
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = make_optimizer(model.transformer, c)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=c.plateau_patience)
+    configs = model.configs() | {"train_transformer": asdict(c)}
+    run = TransformerRun(
+        c, configs, accelerator, tokens, val_images, input_pictures(args, tokens, val_images), val_tokens,
+        accelerator.prepare(model), ema, optimizer, plateau,
+    )    # fmt: skip
+    run.model.train()
+    if args.compile:
+        run.plain.transformer.compile_blocks()
+    if args.capture:
+        run.captured = Captured(partial(gradients, run), run.plain.transformer.parameters())
+    return run
+
+
+def make_optimizer(transformer: nn.Module, c: TrainTransformerConfig) -> torch.optim.Optimizer:
+    options = {"lr": c.learning_rate, "betas": (0.9, 0.96), "weight_decay": c.weight_decay}
+    if c.optimizer == "adamw":
+        return torch.optim.AdamW(transformer.parameters(), fused=transformer.pos_embed.is_cuda or None, **options)
+    kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in transformer.named_parameters():
+        kinds[parameter.ndim == 2 and name.startswith(("blocks.", "head."))].append(parameter)
+    return Muon(kinds[True], kinds[False], **options)
+
+
+# ---- a step ----
+
+
+def train_step(run: TransformerRun, step: int, batch: Batch) -> dict[str, float]:
+    """One optimizer step: mean cross-entropy over all hidden tokens of the whole batch, however it is split.
+
+    Raises:
+        NotFinite: loss or gradient is not finite; nothing has been changed.
+    """
+    c, transformer = run.config, run.plain.transformer
+    if c.rate_schedule != "plateau":
+        steps = run.total_steps if c.rate_schedule == "cosine" else math.inf
+        set_rate(run.optimizer, cosine_rate(step, steps, c.learning_rate, c.warmup_steps))
+    *inputs, positions = batch
+    loss = (run.captured or partial(gradients, run))(*inputs, *positions)
+    learners = {"gradient_norm": transformer.parameters()}
+    values = run.optimizer_step(step, {"loss": loss}, learners, run.optimizer)
+    update_ema(run.ema.transformer, transformer, ema_decay_at(step, c.ema_decay))
+    return values | {"learning_rate": run.optimizer.param_groups[0]["lr"]}
+
+
+def gradients(
+    run: TransformerRun, tokens: Tensor, masked: Tensor, pixels: Tensor | None, total: Tensor, *positions: Tensor
+) -> Tensor:
+    """The gradients of one optimizer step, for a `Batch`.
+
+    Returns the mean cross-entropy of this process's part, times the processes. No number is read back from the device, so
+    that all of it can be captured.
+    """
+    accelerator = run.accelerator
+    run.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=accelerator.device)
+    for micro, chosen in enumerate(positions):
+        with run.micro_batch(micro, run.model) as rows:
+            with accelerator.autocast():
+                x = None if pixels is None else pixels[rows]
+                losses = run.model(tokens[rows], masked[rows], x, run.config.label_smoothing, chosen)    # (M,)
+            # Gradients are averaged over processes, each of which holds a share of the hidden tokens.
+            mean = losses.sum() / total * accelerator.num_processes
+            accelerator.backward(mean)
+        loss += mean.detach()
+    return loss
+
+
+# ---- validation ----
+
+
+@torch.no_grad()
+def validate(run: TransformerRun) -> dict[str, float]:
+    """Cross-entropy and accuracy of the averaged model on fixed pictures with fixed masks."""
+    c, model, images = run.config, run.ema, run.val_images
+    generator = seeded(c.seed, "validation masks")
+    holes, masked = draw_masks(len(images), model.image_size, model.vqgan.config.stride, c, generator)
+
+    def sums() -> Iterator[dict[str, Tensor]]:
+        for image, hole, z, m in run.local_batches(images, holes, run.val_tokens, masked):
+            with run.accelerator.autocast():
+                logits = model.transformer(torch.where(m, model.mask_token_id, z), model.pixels_of(to_float(image), hole))
+            logits = logits[m].float()                                                       # (M, K)
+            loss = nn.functional.cross_entropy(logits, z[m], reduction="sum")
+            yield {"val_loss": loss, "val_accuracy": (logits.argmax(1) == z[m]).sum()}
+
+    return run.mean_scores(sums(), int(masked.sum()))
+
+
+@torch.no_grad()
+def write_completions(run: TransformerRun, path: Path) -> None:
+    """A grid of 12 validation pictures: as they are, with their holes, completed; last row: made from nothing."""
+    image = to_float(run.val_images[:12]).to(run.accelerator.device)
+    hole = validation_holes(run.val_images, run.config.seed)[:12].to(image.device)
+    with run.accelerator.autocast():
+        done = run.ema.complete(image, hole, range(len(image))).images
+        made = run.ema.complete(image, torch.ones_like(hole), range(len(image)), total_iter=16).images
+    write_grid(path, image, image.masked_fill(hole, 0), torch.where(hole, done, image), made)
