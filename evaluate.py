@@ -1,11 +1,12 @@
-"""Score a folder of completed pictures against their originals.
+"""Score a folder of completed pictures.
 
-FID and KID:            python evaluate.py --predicted out --ground-truth originals
-And picture by picture: python evaluate.py --predicted out --ground-truth originals --masks masks
-Another network:        python evaluate.py --predicted out --ground-truth originals --features network.onnx
-Statistics once:        python evaluate.py ... --save-statistics originals.npz, then --ground-truth originals.npz
+Against other pictures:   python evaluate.py --predicted out/images --reference train
+Against the originals:    python evaluate.py --predicted out/images --reference train --ground-truth originals --masks masks
+Another feature network:  python evaluate.py ... --features network.onnx
+Keep the statistics:      python evaluate.py ... --save-statistics train.npz, and then --reference train.npz
 
-Pictures are paired by their names without suffix, and both folders must hold the same ones.
+Distances to other pictures (FID, KID, U-IDS) say how real the completions look; the originals' own distances are the floor.
+Paired scores say how close each completion is to its original. Completions, originals and masks are paired by their names.
 """
 import argparse
 import json
@@ -13,262 +14,166 @@ import math
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from evaluation.flags import add_score_flags
+from utils import Parser, UserError, atomic_write, progress, run_cli, writable_folder
 
-from evaluation.features import Features, Statistics, load_features
-from evaluation.metrics import (
-    INSIDE,
-    RIM,
-    Perceptual,
-    frechet_distance,
-    kernel_distance,
-    load_perceptual,
-    paired_metrics,
-    summarise,
-)
-from pictures.files import find_images, pair
-from pictures.images import read_image
-from pictures.masks import read_mask
-from utils import Parser, UserError, atomic_write, pick_device, run_cli, writable_folder
-
-PACKAGES = ("torch", "torchvision", "numpy", "torchmetrics", "pytorch-fid", "onnxruntime", "pillow")
-# Head and format of the table's columns.
-COLUMNS = {
-    "psnr": ("PSNR dB", ".2f"), "ssim": ("SSIM", ".4f"), "l1": ("L1", ".4f"), "perceptual": ("perceptual", ".4f"),
-}
+PACKAGES = ("torch", "torchvision", "numpy", "torchmetrics", "pytorch-fid", "onnxruntime", "pillow", "scikit-learn")
+PAIRED = {"psnr": "PSNR dB", "ssim": "SSIM", "l1": "L1", "perceptual": "perceptual"}    # columns of the table of pairs
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--predicted", type=Path, required=True, metavar="DIR", help="completed pictures")
-    parser.add_argument("--ground-truth", type=Path, required=True, metavar="DIR|FILE.npz",
-                        help="originals, or their statistics saved before")
-    parser.add_argument("--masks", type=Path, metavar="DIR", help="hole masks: adds the metrics of picture pairs")
-    parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="its colour in the masks")
-    parser.add_argument("--unpaired", action="store_true", help="two sets of different pictures: FID and KID only")
-    group = parser.add_argument_group("feature network of FID and KID")
-    group.add_argument("--features", default="inception", metavar="inception|none|FILE.onnx",
-                       help="ONNX: images (B, 3, H, W) in [0, 1] -> features (B, D); the scores take its name")
-    group.add_argument("--features-name", metavar="NAME", help="name of an ONNX network that carries none")
-    group.add_argument("--inception-weights", type=Path, metavar="FILE", help="instead of the download")
-    group.add_argument("--save-statistics", type=Path, metavar="FILE.npz", help="keep the originals' statistics")
-    group.add_argument("--kid-subsets", type=int, default=100, metavar="N", help="random subsets of KID (default 100)")
-    group.add_argument("--kid-subset-size", type=int, metavar="N", help="default 1000, at most half of the smaller set")
-    group.add_argument("--seed", type=int, default=0, help="of KID's subsets")
-    parser.add_argument("--perceptual-weights", type=Path, metavar="FILE.safetensors", help="SqueezeNet 1.1 features")
+    parser.add_argument("--ground-truth", type=Path, metavar="DIR", help="their originals: adds the paired scores")
+    parser.add_argument("--masks", type=Path, metavar="DIR", help="hole masks: adds the metrics of each pair")
+    parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole in the masks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, each picture's metrics included")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    group = add_score_flags(parser)
+    group.add_argument("--save-statistics", type=Path, metavar="FILE.npz", help="keep the statistics of --reference DIR")
+    group.add_argument("--svm", action=argparse.BooleanOptionalAction, default=True, help="P-IDS and U-IDS")
+    group.add_argument("--kid-subsets", type=int, default=100, metavar="N", help="random subsets of KID (default 100)")
+    group.add_argument("--kid-subset-size", type=int, metavar="N", help="default 1000, at most half of the smaller set")
+    group.add_argument("--seed", type=int, default=0, help="of KID's subsets and the folds of P-IDS and U-IDS")
     return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    check_flags(args)
-    device = pick_device(args.device)
-    predicted, truth = find_sets(args)
-    notes: list[str] = []
-    network = None
-    if args.features != "none":    # before any picture is read: a missing weight file is told at once
-        network = load_features(args.features, inception_weights=args.inception_weights, name=args.features_name,
-                                device=device)
-    perceptual = load_perceptual(args.perceptual_weights, device) if args.perceptual_weights else None
-    pred_images, stems = read_images(predicted, "predicted"), list(predicted)
-    truth_images = None if truth is None else read_images(truth, "originals", size=pred_images.shape[2:])
-    report = {
-        "command": shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
-        "versions": package_versions(),
-        "n": len(stems),
-        "size": list(pred_images.shape[2:]),
-    }
-    if network is not None:
-        report |= distribution_scores(args, network, pred_images, stems, truth_images, list(truth or ()), notes)
-    if args.masks is not None:
-        report |= paired_scores(args, pred_images, truth_images, truth, perceptual, notes)
-    report["notes"] = notes
-    print(table(report))
-    if args.json is not None:
-        with atomic_write(args.json) as temporary:
-            Path(temporary).write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
-    return 0
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before any work."""
-    saved = args.ground_truth.suffix == ".npz"
-    if args.masks is not None and (saved or args.unpaired):
-        raise UserError(
-            f"--masks compares picture by picture, which {'saved statistics' if saved else '--unpaired'} cannot: "
-            "give the folder of originals, or leave --masks out"
-        )
+    if args.ground_truth is None and args.reference is None:
+        raise UserError("nothing to compare with: give --reference (other pictures) or --ground-truth (the originals)")
+    if args.masks is not None and args.ground_truth is None:
+        raise UserError("--masks is for the metrics of pairs: give --ground-truth too")
     if args.perceptual_weights is not None and args.masks is None:
-        raise UserError("--perceptual-weights is for the metrics of picture pairs: give --masks too")
-    if args.features == "none" and (args.masks is None or saved or args.save_statistics):
-        raise UserError("--features none leaves only the metrics of picture pairs: give --masks and two folders")
-    if saved and args.save_statistics is not None:
-        raise UserError(f"--save-statistics: {args.ground_truth} is already saved statistics")
+        raise UserError("--perceptual-weights is for the metrics of pairs: give --masks too")
+    if args.features == "none" and args.masks is None:
+        raise UserError("--features none leaves only the metrics of pairs: give --ground-truth and --masks")
+    if args.save_statistics is not None and (args.reference is None or args.reference.suffix == ".npz"):
+        raise UserError("--save-statistics keeps the statistics of a folder: give it as --reference DIR")
     if args.kid_subsets < 1:
         raise UserError(f"--kid-subsets must be at least 1, got {args.kid_subsets}")
     for path in filter(None, (args.json, args.save_statistics)):
         writable_folder(path.parent)
 
 
-# Pictures
+def find_files(args: argparse.Namespace) -> list[tuple[str, Path, Path | None, Path | None]]:
+    """(name, completion, original, mask) of every picture; what a flag leaves out is None."""
+    from pictures.files import find_images, match_names, pair
 
-
-def find_sets(args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Path] | None]:
-    """Files of both sets by stem; None for originals that are saved statistics."""
     predicted = find_images(args.predicted)
-    if args.ground_truth.suffix == ".npz":
-        if not args.ground_truth.is_file():
-            raise UserError(f"--ground-truth {args.ground_truth}: there is no such file")
-        return predicted, None
-    truth = find_images(args.ground_truth)
-    if not args.unpaired:
-        check_same_pictures(args, predicted, truth)
-    return predicted, truth
+    if args.ground_truth is None:
+        return [(name, path, None, None) for name, path in predicted.items()]
+    originals = find_images(args.ground_truth)
+    partner = match_names(predicted, originals, ("completion", "original"))
+    masks = {} if args.masks is None else {name: mask for name, _, mask in pair(args.ground_truth, args.masks)}
+    return [(name, path, originals[partner[name]], masks.get(partner[name])) for name, path in predicted.items()]
 
 
-def check_same_pictures(args: argparse.Namespace, predicted: Iterable[str], truth: Iterable[str]) -> None:
-    """Refuse stems that differ: a stale or missing file would be scored in silence."""
-    for names, holder, other in (
-        (set(truth) - set(predicted), args.ground_truth, args.predicted),
-        (set(predicted) - set(truth), args.predicted, args.ground_truth),
-    ):
-        if names:
-            raise UserError(
-                f"{len(names)} picture(s) of {holder} are not in {other}, such as {', '.join(sorted(names)[:3])}: both "
-                "must hold the same pictures, so remove stale files or complete the rest (or give --unpaired to "
-                "compare two sets of different pictures)"
-            )
+def measure(args: argparse.Namespace, judge, files: list) -> tuple:
+    """The judge, who now knows the originals; what was measured on the completions, and on the originals (or None)."""
+    from evaluation.judge import check_pair
+    from pictures.images import read_image
+    from pictures.masks import check_hole, read_mask
+
+    completed, originals = judge.measurements(), judge.measurements()
+    for _, path, original_path, mask_path in progress(files, desc="measuring", unit="picture"):
+        picture, original, hole = read_image(path), None, None
+        if original_path is not None:
+            original = read_image(original_path)
+            check_pair(path, picture, original)
+        if mask_path is not None:
+            hole = read_mask(mask_path, args.mask_hole)
+            if hole.shape[1:] != picture.shape[1:]:
+                check_hole(hole, mask_path, args.mask_hole, picture.shape[1:], path.name)
+        completed.add(picture, hole, original)
+        if original is not None:
+            originals.add(original, hole)
+    return completed.columns(), originals.columns()
 
 
-def read_images(files: dict[str, Path], what: str, size: tuple[int, int] | None = None) -> Tensor:
-    """uint8 (N, 3, H, W); every picture must have the given size, or the first one's."""
-    images = []
-    for path in tqdm(files.values(), desc=f"reading {what}", unit="picture", disable=None):
-        image = read_image(path)                     # (3, H, W)
-        size = image.shape[1:] if size is None else size
-        check_size(path, image, size)
-        images.append(image)
-    return torch.stack(images)
+def make_report(args: argparse.Namespace, argv: list[str]) -> dict:
+    """Everything that is known: scores, notes, and what they were made with."""
+    from evaluation.judge import load_judge
 
-
-def read_masks(truth: dict[str, Path], args: argparse.Namespace, size: tuple[int, int]) -> Tensor:
-    """bool (N, 1, H, W), True = hole, in the originals' order; one mask file may serve all."""
-    pairs = pair(args.ground_truth, args.masks)
-    by_stem = {stem: mask for stem, _, mask in pairs}
-    masks = []
-    for stem in tqdm(truth, desc="reading masks", unit="mask", disable=None):
-        mask = read_mask(by_stem[stem], args.mask_hole)
-        check_size(by_stem[stem], mask, size)
-        masks.append(mask)
-    return torch.stack(masks)
-
-
-def check_size(path: Path, image: Tensor, size: tuple[int, int]) -> None:
-    if image.shape[1:] != size:
-        (H, W), (height, width) = image.shape[1:], size
-        raise UserError(f"{path} is {W}x{H}, the pictures before it are {width}x{height}: all must have one size")
-
-
-# Scores
-
-
-def distribution_scores(
-    args: argparse.Namespace, network: Features, pred_images: Tensor, stems: list[str],
-    truth_images: Tensor | None, truth_stems: list[str], notes: list[str],
-) -> dict:
-    """Fréchet and kernel distance of the two sets, for the report; notes gains what a reader must know beside them."""
-    if truth_images is None:
-        truth = Statistics.load(args.ground_truth, network)
-        if not args.unpaired:
-            check_same_pictures(args, stems, truth.stems)
-    else:
-        truth = Statistics.of(network, truth_images, truth_stems, "features of originals")
+    files = find_files(args)
+    judge = load_judge(args)
     if args.save_statistics is not None:
-        truth.save(args.save_statistics)
-    predicted = Statistics.of(network, pred_images, stems, "features of predicted")
-    counts = [predicted.moments.count, truth.moments.count]
-    if network.note:
-        notes.append(network.note)
-    if min(counts) < network.dims:
-        notes.append(
-            f"{network.frechet_name}: {min(counts)} pictures are fewer than the {network.dims} features, so the score "
-            "is biased upwards; compare it only with scores of as many pictures"
-        )
-    if counts[0] != counts[1]:
-        notes.append(f"{counts[0]} predicted and {counts[1]} original pictures: the score depends on both numbers")
-    scores = {
-        "features": {"name": network.name, "dims": network.dims, "sha256": network.sha256},
-        "n_ground_truth": counts[1],
-        "frechet": {"name": network.frechet_name, "value": frechet_distance(truth.moments, predicted.moments)},
-    }
-    if truth.features is None:
-        notes.append(f"{network.kernel_name}: {args.ground_truth} holds no features, only their mean and covariance")
-    elif min(counts) < 4:
-        notes.append(f"{network.kernel_name}: {min(counts)} pictures are too few for different subsets of 2 or more")
-    else:
-        kernel = kernel_distance(truth.features, predicted.features, args.kid_subsets, args.kid_subset_size, args.seed)
-        scores["kernel"] = {"name": network.kernel_name} | kernel
-    return scores
+        judge.reference.save(args.save_statistics)
+    completed, originals = measure(args, judge, files)
+    report = {
+        "command": shlex.join(["python", "evaluate.py", *argv]), "versions": package_versions(), "n": len(files),
+        "features": None, "scores": {}, "originals": {},
+    }    # fmt: skip
+    if (network := judge.network) is not None:
+        report["features"] = {"name": network.name, "dims": network.dims, "sha256": network.sha256}
+    if judge.reference is not None:
+        report["n_reference"] = judge.reference.moments.count
+        report["originals"] = judge.scores(originals, args.svm) if originals else {}
+    judge = judge.with_originals(originals)
+    report["scores"], report["notes"] = judge.scores(completed, args.svm), judge.notes(len(files))
+    if args.masks is not None:
+        report |= details(args, files, completed, report["notes"])
+    return report
 
 
-def paired_scores(
-    args: argparse.Namespace, pred_images: Tensor, truth_images: Tensor, truth: dict[str, Path],
-    perceptual: Perceptual | None, notes: list[str],
-) -> dict:
-    """Metrics of the picture pairs, for the report: means, and each picture's own."""
-    masks = read_masks(truth, args, truth_images.shape[2:])
-    columns = paired_metrics(pred_images, truth_images, masks, perceptual)
-    if perceptual is None:
+def details(args: argparse.Namespace, files: list, completed: dict, notes: list[str]) -> dict:
+    """The metrics of pairs by the hole's area and by picture; `notes` gains what belongs beside them."""
+    from evaluation.metrics import by_hole_area
+
+    if args.perceptual_weights is None:
         notes.append("no perceptual distance: give --perceptual-weights FILE.safetensors (SqueezeNet 1.1 features)")
-    if whole := int((columns["hole_area"] == 0).sum()):
+    if whole := int((completed["hole_area"] == 0).sum()):
         notes.append(f"{whole} picture(s) have no hole and no part in the hole's means")
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    per_picture = {stem: dict(zip(columns, row, strict=True)) for stem, row in zip(truth, rows, strict=True)}
-    return {"paired": summarise(columns), "per_picture": per_picture}
-
-
-# Report
+    columns = {name: values.tolist() for name, values in completed.items() if name not in ("features", "crops")}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return {
+        "pictures_with_known_pixels_changed": int((completed["known_changed"] > 0).sum()),
+        "by_hole_area": by_hole_area(completed),
+        "per_picture": {name: row for (name, *_), row in zip(files, rows, strict=True)},
+    }
 
 
 def table(report: dict) -> str:
     """The report as lines to read; the JSON file has all of it."""
-    height, width = report["size"]
-    lines = [f"{report['n']} pictures of {width}x{height}"]
-    if "frechet" in report:
-        names = [report[key]["name"] for key in ("frechet", "kernel") if key in report]
-        space = max(map(len, names)) + 2
-        dims = report["features"]["dims"]
-        lines += ["", f"{names[0]:<{space}}{report['frechet']['value']:.3f}   (N = {report['n']}, D = {dims})"]
-        if kernel := report.get("kernel"):
-            spread = f"{kernel['mean']:.5f} +- {kernel['std']:.5f}"
-            lines.append(f"{names[1]:<{space}}{spread}   ({kernel['subsets']} subsets of {kernel['subset_size']})")
-    if paired := report.get("paired"):
-        keys = list(paired["whole"])
-        lines += ["", " " * 24 + "n" + "".join(f"{COLUMNS[key][0]:>12}" for key in keys)]
-        lines.append(row("whole picture", paired["n"], paired["whole"]))
-        lines.append(row("hole only", paired["n"], paired["hole"]))
-        for part in ("whole", "hole"):
-            lines += [row(f"  {part}, area {bin['from']:.0%}-{bin['to']:.0%}", bin["n"], bin[part])
-                      for bin in paired["by_hole_area"]]
-        share, pictures = paired["known_pixels_changed"], paired["pictures_with_known_pixels_changed"]
-        lines.append(f"hole: {paired['hole_area']:.1%} of the picture on average")
-        lines.append(f"known pixels changed: {share:.4%}, in {pictures} of {paired['n']} pictures")
-        for name, where, keys in (("seam", "across the hole's rim", RIM), ("detail", "inside the hole", INSIDE)):
-            ours, truth = (f"{paired[key]:.4f}" for key in keys)
-            lines.append(f"{name}: {paired[name]:.3f} (gradient {where} {ours}, of the originals {truth})")
+    from evaluation.judge import format_score, is_distance
+
+    scores, floor = report["scores"], report["originals"]
+    lines = [f"{report['n']} pictures" + (f", {report['n_reference']} in the reference" if "n_reference" in report else "")]
+    if any(map(is_distance, scores)):
+        lines += ["", " " * 28 + f"{'completions':>18}" + (f"{'originals':>18}" if floor else "")]
+    for name in filter(is_distance, scores):
+        cells = [format_score(name, x[name], x.get(f"{name} spread")) for x in (scores, floor) if name in x]
+        lines.append(f"{name:<28}" + "".join(f"{cell:>18}" for cell in cells))
+    if "by_hole_area" in report:
+        lines += pairs_table(report)
     return "\n".join(lines + [f"note: {note}" for note in report["notes"]])
 
 
-def row(label: str, count: int, values: dict[str, float]) -> str:
-    return f"{label:<21}{count:>4}" + "".join(f"{values[key]:>12{COLUMNS[key][1]}}" for key in values)
+def pairs_table(report: dict) -> list[str]:
+    from evaluation.judge import format_score
+
+    scores, n = report["scores"], report["n"]
+    keys = [key for key in PAIRED if key in scores]
+
+    def row(label: str, count: int, values: dict[str, float], prefix: str) -> str:
+        return f"{label:<24}{count:>5}" + "".join(f"{format_score(key, values[prefix + key]):>12}" for key in keys)
+
+    lines = ["", f"{'paired':<24}{'n':>5}" + "".join(f"{PAIRED[key]:>12}" for key in keys)]
+    lines += [row("whole picture", n, scores, ""), row("hole only", n, scores, "hole_")]
+    for label, prefix in (("whole", ""), ("hole", "hole_")):
+        lines += [row(f"  {label}, area {bin['from']:.0%}-{bin['to']:.0%}", bin["n"], bin, prefix)
+                  for bin in report["by_hole_area"]]
+    changed = report["pictures_with_known_pixels_changed"]
+    return [
+        *lines,
+        f"hole: {scores['hole_area']:.1%} of the picture on average",
+        f"known pixels changed: {scores['known_changed']:.4%}, in {changed} of {n} pictures",
+        f"seam: {scores['seam']:.3f}, mean gradient across the hole's rim over that of the originals",
+        f"detail: {scores['detail']:.3f}, mean gradient inside the hole over that of the originals",
+    ]
 
 
 def package_versions() -> dict[str, str | None]:
@@ -291,6 +196,17 @@ def finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    check_flags(args)
+    report = make_report(args, sys.argv[1:] if argv is None else argv)
+    print(table(report))
+    if args.json is not None:
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

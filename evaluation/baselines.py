@@ -1,52 +1,36 @@
-"""Complete pictures with classic methods: what a learned model has to beat.
-
-python baselines.py --images masked_images --masks masks --output out --method navier-stokes
+"""Completes pictures with classic methods: what a learned model has to beat.
 
 mean           every hole pixel takes the mean colour of the picture's known pixels
 telea          fast marching: Telea 2004, OpenCV's cv2.INPAINT_TELEA
 navier-stokes  fluid dynamics: Bertalmio et al. 2001, OpenCV's cv2.INPAINT_NS
-
-The hole's pixels are never looked at, and known pixels are kept exactly.
+patchmatch     patches from the rest of the picture, coarse to fine: Barnes et al. 2009, the package patchmatch-cython
 """
-import argparse
-from pathlib import Path
+import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from pictures.files import pair
-from pictures.images import read_image, read_mask, write_image
-from utils import Parser, UserError, run_cli, writable_folder
+from utils import UserError
 
-METHODS = ("telea", "navier-stokes", "mean")
+# method -> the module it needs, and the package that has it
+NEEDS = {
+    "mean": None,
+    "telea": ("cv2", "opencv-python-headless"),
+    "navier-stokes": ("cv2", "opencv-python-headless"),
+    "patchmatch": ("patchmatch_cython", "patchmatch-cython"),
+}
+METHODS = tuple(NEEDS)
 RADIUS = 3    # pixels around each hole pixel that OpenCV looks at; its documentation's usual value
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="pictures to complete")
-    parser.add_argument("--masks", type=Path, required=True, metavar="DIR", help="hole masks of the same names, or one")
-    parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="its colour in the masks")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where <name>.png are written")
-    parser.add_argument("--method", choices=METHODS, required=True)
-    args = parser.parse_args(argv)
-    pairs = pair(args.images, args.masks)
-    if args.method != "mean":
-        import_opencv()    # told before any file is written
-    writable_folder(args.output)
-    for stem, image_path, mask_path in tqdm(pairs, desc=args.method, unit="picture", disable=None):
-        image, mask = read_image(image_path), read_mask(mask_path, args.mask_hole)
-        if image.shape[1:] != mask.shape[1:]:
-            sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (image, mask)]
-            raise UserError(f"{image_path} is {sizes[0]}, its mask {mask_path} is {sizes[1]}: they must have one size")
-        write_image(args.output / f"{stem}.png", complete(image, mask, args.method))
-    print(f"{len(pairs)} pictures completed with {args.method} in {args.output}")
-    return 0
+def available(method: str) -> bool:
+    """Whether the package that a method needs is installed."""
+    return NEEDS[method] is None or importlib.util.find_spec(NEEDS[method][0]) is not None
 
 
 def complete(image: Tensor, mask: Tensor, method: str) -> Tensor:
-    """Fill the hole of a picture.
+    """Fill the hole of a picture. What the hole's pixels hold is never looked at.
 
     Args:
         image: uint8 (3, H, W) RGB.
@@ -54,12 +38,22 @@ def complete(image: Tensor, mask: Tensor, method: str) -> Tensor:
         method: one of METHODS.
     Returns:
         uint8 (3, H, W); equal to image outside the hole.
+    Raises:
+        UserError: unknown method, or its package is missing.
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    image = image.masked_fill(mask, 0)    # no method may see what the hole hides
-    filled = mean_colour(image, mask) if method == "mean" else opencv_inpaint(image, mask, method)
-    return torch.where(mask, filled, image)
+    image = image.masked_fill(mask, 0)
+    if method == "mean" or bool(mask.all()):
+        return torch.where(mask, mean_colour(image, mask), image)
+    module = import_module(method)
+    pixels = image.permute(1, 2, 0).contiguous().numpy()            # (H, W, 3); no method cares about the order of RGB
+    hole = mask[0].to(torch.uint8).numpy()                          # (H, W)
+    if method == "patchmatch":
+        filled = module.inpaint_pyramid(pixels, hole, seed=0)
+    else:
+        filled = module.inpaint(pixels, hole, RADIUS, module.INPAINT_TELEA if method == "telea" else module.INPAINT_NS)
+    return torch.where(mask, torch.from_numpy(filled).permute(2, 0, 1), image)
 
 
 def mean_colour(image: Tensor, mask: Tensor) -> Tensor:
@@ -69,22 +63,9 @@ def mean_colour(image: Tensor, mask: Tensor) -> Tensor:
     return mean.round().to(torch.uint8)[:, None, None]
 
 
-def opencv_inpaint(image: Tensor, mask: Tensor, method: str) -> Tensor:
-    """cv2.inpaint, uint8 (3, H, W); it treats the three channels alike, so RGB order does not matter."""
-    cv2 = import_opencv()
-    flag = cv2.INPAINT_TELEA if method == "telea" else cv2.INPAINT_NS
-    pixels = image.permute(1, 2, 0).contiguous().numpy()            # (H, W, 3)
-    filled = cv2.inpaint(pixels, mask[0].to(torch.uint8).numpy(), RADIUS, flag)
-    return torch.from_numpy(filled).permute(2, 0, 1)
-
-
-def import_opencv():
+def import_module(method: str) -> ModuleType:
+    module, package = NEEDS[method]
     try:
-        import cv2
+        return importlib.import_module(module)
     except ImportError as error:
-        raise UserError("telea and navier-stokes need OpenCV: pip install opencv-python-headless") from error
-    return cv2
-
-
-if __name__ == "__main__":
-    run_cli(main)
+        raise UserError(f"{method} needs {package}: pip install {package}") from error

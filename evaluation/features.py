@@ -1,4 +1,4 @@
-"""Networks that turn a picture into a feature vector, and saved statistics of a folder's features.
+"""Networks that turn a picture into a feature vector.
 
 InceptionV3 is pytorch-fid's (https://github.com/mseitzer/pytorch-fid, Apache-2.0): its scores are called FID and KID.
 Any ONNX network `images (B, 3, H, W) in [0, 1] -> features (B, D)` serves too; its scores carry its name.
@@ -8,15 +8,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from evaluation.metrics import Moments
-from utils import UserError, atomic_write
+from utils import UserError
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -24,8 +22,6 @@ INCEPTION_URL = (
 INCEPTION_SHA256 = "6726825d"   # the official file's sha256 starts so
 # Names that exporters give to every graph, so they name none.
 NO_NAMES = {"", "main", "main_graph", "graph", "torch_jit", "torch-jit-export", "tf2onnx"}
-# Features up to this many numbers (1 GB as float32) are kept beside mean and covariance.
-MAX_SAVED_NUMBERS = 2**28
 
 
 @dataclass(frozen=True)
@@ -49,12 +45,9 @@ class Features:
         return "KID" if self.inception else f"KD-{self.name}"
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, progress: str = "features") -> Tensor:
-        """images: uint8 (N, 3, H, W).  Returns float64 (N, D) on the CPU, a row a picture."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(f"features need uint8 pictures (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        batches = tqdm(images.split(self.batch_size), desc=progress, unit="batch", disable=None)
-        return torch.cat([self.network(batch.float() / 255).cpu().double() for batch in batches])
+    def __call__(self, images: Tensor) -> Tensor:
+        """images: uint8 (N, 3, H, W).  Returns float64 (N, D) on the CPU, one row for each picture."""
+        return torch.cat([self.network(batch.float() / 255).cpu().double() for batch in images.split(self.batch_size)])
 
 
 def load_features(
@@ -64,7 +57,13 @@ def load_features(
     name: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Features:
-    """The network of `--features`: "inception", or an ONNX file, whose scores may be given a name."""
+    """The network of `--features`.
+
+    Args:
+        network: "inception", or an ONNX file.
+        inception_weights: file of Inception's weights; None takes torch's cache, or downloads them.
+        name: what the scores of an ONNX network are called; None takes the network's own name.
+    """
     if str(network) == "inception":
         if name is not None:
             raise UserError(f"--features-name {name!r} is for an ONNX network; Inception's score is always called FID")
@@ -105,7 +104,8 @@ def download_inception() -> Path:
     except (OSError, RuntimeError) as error:    # no network; a file that is not the official one
         raise UserError(
             f"cannot download FID's Inception weights ({error}): fetch {INCEPTION_URL} elsewhere and put it at {path}, "
-            "or name it with --inception-weights FILE"
+            "or name it with --inception-weights FILE. Without them, --features FILE.onnx takes any other network, and "
+            "--features none gives the scores that need no network: PSNR, SSIM and L1"
         ) from error
     return path
 
@@ -133,21 +133,20 @@ def check_inception(path: Path) -> tuple[str, str | None]:
 
 
 def build_inception(path: Path, block: int) -> torch.nn.Module:
-    """pytorch-fid's network with the weights of a file, strictly; pytorch-fid itself can only download them."""
+    """pytorch-fid's network with the weights of a file. pytorch-fid itself can only download them, so its download is
+    replaced by the file's content.
+    """
     from pytorch_fid import inception
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:    # whatever a file that is no state dict makes torch raise
         raise UserError(f"{path} is not a PyTorch file of weights: {first_line(error)}") from error
-    download = inception.load_state_dict_from_url
-    inception.load_state_dict_from_url = lambda *_, **__: state
     try:
-        return inception.InceptionV3([block])
+        with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
+            return inception.InceptionV3([block])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not hold the weights of FID's InceptionV3: {first_line(error)}") from error
-    finally:
-        inception.load_state_dict_from_url = download
 
 
 # ONNX
@@ -206,68 +205,6 @@ def onnx_name(session, path: Path) -> str:
     meta = session.get_modelmeta()
     own = meta.custom_metadata_map.get("name", "")
     return own or (path.stem if meta.graph_name in NO_NAMES else meta.graph_name)
-
-
-# Saved statistics
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Features of a set of pictures, or only their moments when the set is too large to keep."""
-
-    name: str                 # of the feature network
-    sha256: str               # of the feature network's file
-    moments: Moments
-    features: Tensor | None   # (N, D) float64
-    stems: tuple[str, ...]    # file names without suffix, as they were paired
-
-    @classmethod
-    def of(cls, network: Features, images: Tensor, stems: list[str], progress: str = "features") -> "Statistics":
-        """Statistics of uint8 pictures (N, 3, H, W)."""
-        features = network(images, progress)
-        return cls(network.name, network.sha256, Moments.of_features(features), features, tuple(stems))
-
-    def save(self, path: Path) -> None:
-        """Write name, sha256, count, mean, covariance, stems and, up to 1 GB, the features to an .npz file.
-
-        The features are float32, as the network gave them: with them the distance is the same number bit for bit,
-        and the kernel distance can be had; mean and covariance alone give the Fréchet distance to rounding.
-        """
-        arrays = {
-            "name": self.name, "sha256": self.sha256, "count": self.moments.count, "stems": np.array(self.stems),
-            "mean": self.moments.mean.numpy(), "covariance": self.moments.covariance.numpy(),
-        }
-        if self.features is not None and self.features.numel() <= MAX_SAVED_NUMBERS:
-            arrays["features"] = self.features.float().numpy()
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:    # savez would append .npz to a path
-            np.savez(file, **arrays)
-
-    @classmethod
-    def load(cls, path: Path, network: Features) -> "Statistics":
-        """Read saved statistics; UserError if the file is not one of ours or comes from another network."""
-        expected = {"name", "sha256", "count", "mean", "covariance", "stems"}
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-        except Exception as error:    # not a zip, truncated, pickled objects: numpy raises a class of its own for each
-            raise UserError(f"{path} cannot be read as saved statistics: {first_line(error)}") from error
-        if missing := expected - set(arrays):
-            raise UserError(
-                f"{path} lacks {', '.join(sorted(missing))}: without them nobody can tell which network and pictures "
-                "it is of; make it with --save-statistics"
-            )
-        name, sha256 = str(arrays["name"]), str(arrays["sha256"])
-        if (name, sha256) != (network.name, network.sha256):
-            raise UserError(
-                f"{path} holds features of {name} (sha256 {sha256[:8]}...), the chosen network is {network.name} "
-                f"(sha256 {network.sha256[:8]}...): distances between two networks' features mean nothing"
-            )
-        stems = tuple(arrays["stems"].tolist())
-        if "features" in arrays:
-            features = torch.from_numpy(arrays["features"]).double()
-            return cls(name, sha256, Moments.of_features(features), features, stems)
-        mean, covariance = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["covariance"])
-        return cls(name, sha256, Moments.of_covariance(int(arrays["count"]), mean, covariance), None, stems)
 
 
 def file_sha256(path: Path) -> str:

@@ -1,262 +1,162 @@
-"""Score every rung between the originals and the mean colour, to see which part of the system limits it.
+"""Score every way to complete pictures, between the originals and the mean colour: it shows what limits the system.
 
-python ladder.py --originals ORIGINALS --masks MASKS --checkpoint model.safetensors --output out/ladder
-                 --features network.onnx --perceptual-weights squeezenet.safetensors
+python -m tools.ladder --originals ORIGINALS --masks MASKS --reference TRAIN --output out/ladder
+                       --features network.onnx --perceptual-weights squeezenet.safetensors
 
-Each rung is made by a command of this project, which the report names. Writes to OUTPUT: a folder of pictures a rung,
-ladder.csv, ladder.md (the scores, and the commands that made them) and pictures.png (some pictures of each rung).
+The rungs: the originals; the tokenizer (true tokens, decoded); the model's completions; OpenCV's Telea and Navier-Stokes,
+PatchMatch (where patchmatch-cython is installed) and the mean colour. Pictures may be of any size.
+
+Writes to OUTPUT: a folder of pictures for each rung, ladder.csv, ladder.md (the scores) and pictures.png (some pictures of
+each rung).
 """
 import argparse
-import csv
 import math
 import shlex
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from evaluation import figures
-from evaluation.features import Features, Statistics, load_features
-from evaluation.metrics import Perceptual, frechet_distance, kernel_distance, load_perceptual, paired_metrics, summarise
-from pictures.files import pair
-from pictures.images import read_image
-from tasks import HERE, read_pair
-from utils import Parser, UserError, atomic_write, pick_device, run_cli, writable_folder
+from evaluation.flags import add_score_flags
+from utils import Parser, UserError, atomic_write, pick_device, progress, run_cli, seeded, writable_folder
 
 REFERENCE = "Navier-Stokes"    # the rung that the ratios are of: the best classic method
-# Columns of the scores beside the Fréchet and kernel distances: head of the report's table, format.
-PAIRED = {
-    "hole_psnr": ("hole PSNR dB", ".2f"),
-    "psnr": ("whole PSNR dB", ".2f"),
-    "hole_ssim": ("hole SSIM", ".4f"),
-    "hole_perceptual": ("hole perceptual", ".4f"),
-    "hole_perceptual_ratio": (f"/ {REFERENCE}", ".3f"),
-    "perceptual": ("whole perceptual", ".4f"),
-    "perceptual_ratio": (f"/ {REFERENCE}", ".3f"),
-    "seam": ("seam", ".3f"),
-    "known_pixels_changed": ("known pixels changed", ".2%"),
-}
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One way to get pictures."""
-
-    method: str
-    name: str                  # of its folder
-    script: str | None         # None: the originals themselves
-    flags: tuple[str, ...] = ()
-
-
-def rungs(seed: int, low_temperature: float) -> list[Rung]:
-    seeded = ("--seed", str(seed))
-    return [
-        Rung("original", "original", None),
-        Rung("tokenizer, whole, nothing known", "tokenizer_whole", "reconstruct.py", ("--no-known", "--no-paste")),
-        Rung("tokenizer, pasted, true tokens", "tokenizer_pasted", "reconstruct.py"),
-        Rung("completed, whole", "completed_whole", "inpainting.py", (*seeded, "--no-paste")),
-        Rung("completed, pasted", "completed", "inpainting.py", seeded),
-        Rung(f"completed, temperature {low_temperature:g}", "completed_low", "inpainting.py",
-             (*seeded, "--temperature", f"{low_temperature:g}")),
-        Rung("reference decoder, same weights", "reference_decoder", "inpainting.py", (*seeded, "--decoder", "reference")),
-        Rung("Telea", "telea", "baselines.py", ("--method", "telea")),
-        Rung(REFERENCE, "navier_stokes", "baselines.py", ("--method", "navier-stokes")),
-        Rung("mean colour", "mean", "baselines.py", ("--method", "mean")),
-    ]    # fmt: skip
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The originals and their holes. M pictures."""
-
-    stems: list[str]
-    truth: Tensor    # (M, 3, H, W) uint8
-    holes: Tensor    # (M, 1, H, W) bool
-
-
-@dataclass(frozen=True)
-class Judge:
-    """What scores are made with."""
-
-    network: Features
-    truth: Statistics                # features of the originals
-    perceptual: Perceptual | None
-
-    @property
-    def columns(self) -> dict[str, tuple[str, str]]:
-        """Of the scores: name -> head of the report's table, format."""
-        frechet, kernel = self.network.frechet_name, self.network.kernel_name
-        first = {frechet: (frechet, ".2f"), "frechet_ratio": (f"/ {REFERENCE}", ".3f"), kernel: (kernel, ".4f")}
-        return first | {name: PAIRED[name] for name in PAIRED if self.perceptual or "perceptual" not in name}
-
-    def score(self, images: Tensor, pictures: Pictures) -> dict[str, float]:
-        """images: (M, 3, H, W) uint8.  Returns the columns, without the ratios."""
-        features = Statistics.of(self.network, images, pictures.stems)
-        scores = {self.network.frechet_name: frechet_distance(self.truth.moments, features.moments)}
-        enough = len(images) >= 4    # for different subsets
-        kernel = kernel_distance(self.truth.features, features.features)["mean"] if enough else math.nan
-        scores[self.network.kernel_name] = kernel
-        summary = summarise(paired_metrics(images, pictures.truth, pictures.holes, self.perceptual))
-        found = summary | summary["whole"] | {f"hole_{name}": value for name, value in summary["hole"].items()}
-        return scores | {name: found[name] for name in self.columns if name in found}
-
-
-# ---- arguments ----
+# Columns of the report, beside the distances between sets, and the scores whose ratio to the reference rung is given.
+SHOWN = ("hole_perceptual", "hole_psnr", "psnr", "hole_ssim", "seam", "detail", "known_changed")
+RATIOS = ("FD-", "FID", "hole_perceptual")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    bundled = HERE / "checkpoints/cat64.safetensors"
-    parser.add_argument("--originals", type=Path, required=True, metavar="DIR", help="clean pictures, all of one size")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--originals", type=Path, required=True, metavar="DIR", help="clean pictures")
     parser.add_argument("--masks", type=Path, required=True, metavar="DIR", help="hole masks of the same names, or one")
-    parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="its colour in the masks")
+    parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole in the masks")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--checkpoint", type=Path, default=bundled, metavar="FILE", help="model (default: the bundled one)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="model (default: the bundled one)")
+    parser.add_argument("--total-iter", type=int, metavar="T", help="rounds (default: the model's)")
     parser.add_argument("--low-temperature", type=float, default=0.3, help="of the safer rung (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures completed together (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    parser.add_argument("--features", default="inception", metavar="inception|FILE.onnx", help="network of FID and KID")
-    parser.add_argument("--features-name", metavar="NAME", help="name of an ONNX network that carries none")
-    parser.add_argument("--inception-weights", type=Path, metavar="FILE", help="instead of the download")
-    parser.add_argument("--perceptual-weights", type=Path, metavar="FILE.safetensors", help="SqueezeNet 1.1 features")
     parser.add_argument("--show", nargs="+", metavar="NAME", help="pictures to draw (default: 8, evenly spread)")
+    add_score_flags(parser)
     return parser.parse_args(argv)
 
 
-def load(args: argparse.Namespace) -> tuple[Pictures, Judge]:
-    """Pictures and networks: whatever is missing or wrong is told before the first rung is made."""
-    if not args.checkpoint.is_file():
-        raise UserError(f"checkpoint {args.checkpoint} not found; give a .safetensors file")
-    if args.features == "none":
-        raise UserError("--features must be inception or an ONNX file: a ladder compares Fréchet distances")
-    device = pick_device(args.device)
-    network = load_features(args.features, inception_weights=args.inception_weights, name=args.features_name, device=device)
-    perceptual = load_perceptual(args.perceptual_weights, device) if args.perceptual_weights else None
-    pairs = pair(args.originals, args.masks)
-    read = [read_pair(image, mask, args.mask_hole) for _, image, mask in pairs]
-    if odd := next((path for (_, path, _), (x, _) in zip(pairs, read, strict=True) if x.shape != read[0][0].shape), None):
-        raise UserError(f"{odd} is not of the size of {pairs[0][1]}: a ladder needs pictures of one size")
-    images, holes = map(torch.stack, zip(*read, strict=True))
-    pictures = Pictures([stem for stem, _, _ in pairs], images, holes)
-    if unknown := sorted(set(args.show or ()) - set(pictures.stems)):
-        raise UserError(f"--show {unknown[0]}: not among the pictures, which begin with {', '.join(pictures.stems[:3])}")
-    return pictures, Judge(network, Statistics.of(network, images, pictures.stems, "features of originals"), perceptual)
+Rung = Callable[[list], Iterator]    # pictures -> one completion for each, uint8 (3, H, W)
 
 
-# ---- making a rung ----
+def rungs(model, args: argparse.Namespace) -> dict[str, Rung]:
+    """Ways to get pictures, by name, from the best to the worst."""
+    from evaluation import baselines
+    from evaluation.reconstruct import reconstruct
+    from models.completion import Job, complete_pictures
+
+    def tokenizer(**options) -> Rung:
+        return lambda pictures: (reconstruct(model, x.original, x.hole, **options) for x in pictures)
+
+    def completed(**options) -> Rung:
+        """With the seeds of inpainting.py, so that its pictures are the ones that are scored here."""
+        options |= {} if args.total_iter is None else {"total_iter": args.total_iter}
+
+        def complete(pictures: list) -> Iterator:
+            jobs = (Job(x.original, x.hole, seeded(args.seed, x.name, 0).initial_seed()) for x in pictures)
+            return (result.image for result in complete_pictures(model, jobs, batch_size=args.batch_size, **options))
+
+        return complete
+
+    def classic(method: str) -> Rung:
+        return lambda pictures: (baselines.complete(x.original, x.hole, method) for x in pictures)
+
+    every: dict[str, Rung] = {
+        "original": lambda pictures: (x.original for x in pictures),
+        "tokenizer, whole, nothing known": tokenizer(known=False, paste=False),
+        "tokenizer, pasted, true tokens": tokenizer(),
+        "completed, whole": completed(paste=False),
+        "completed, pasted": completed(),
+        f"completed, temperature {args.low_temperature:g}": completed(temperature=args.low_temperature),
+        "reference decoder, same weights": completed(decoder="reference"),
+        "PatchMatch": classic("patchmatch"),
+        "Telea": classic("telea"),
+        REFERENCE: classic("navier-stokes"),
+        "mean colour": classic("mean"),
+    }
+    if not baselines.available("patchmatch"):
+        del every["PatchMatch"]
+    return every
 
 
-def command(rung: Rung, args: argparse.Namespace) -> list[str]:
-    """The words of the command that makes a rung, after `python`; none for the originals."""
-    if rung.script is None:
-        return []
-    words = [rung.script, "--images", str(args.originals), "--masks", str(args.masks)]
-    words += ["--output", str(args.output / rung.name)]
-    words += ["--mask-hole", args.mask_hole] if args.mask_hole != "black" else []
-    if rung.script != "baselines.py":
-        words += ["--checkpoint", str(args.checkpoint)]
-        words += ["--device", args.device] if args.device != "auto" else []
-    return [*words, *rung.flags]
+def climb(rung: Rung, pictures: list, judge, folder: Path, name: str) -> dict[str, float]:
+    """Make a rung's pictures, write them, and score them."""
+    from pictures.images import write_image
+
+    measured = judge.measurements()
+    for picture, completion in zip(progress(pictures, desc=name, unit="picture"), rung(pictures), strict=True):
+        write_image(folder / f"{picture.name}.png", completion)
+        measured.add(completion, picture.hole, picture.original)
+    return judge.scores(measured.columns())
 
 
-def run(words: list[str]) -> None:
-    """Run one of the project's scripts as its reader would, in a Python of its own."""
-    done = subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]], capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"python {shlex.join(words)} failed: {last.removeprefix('error: ')}")
-
-
-def pictures_of(rung: Rung, args: argparse.Namespace, pictures: Pictures, run: Callable[[list[str]], None]) -> Tensor:
-    """Make a rung's pictures and read them: (M, 3, H, W) uint8."""
-    if rung.script is None:
-        return pictures.truth
-    run(command(rung, args))
-    folder = args.output / rung.name / ("" if rung.script == "baselines.py" else "images")
-    return torch.stack([read_image(folder / f"{stem}.png") for stem in pictures.stems])
-
-
-# ---- report ----
-
-
-def add_ratios(rows: list[dict], judge: Judge) -> None:
-    """To each row, its Fréchet and perceptual distances over those of the reference rung."""
+def add_ratios(rows: list[dict], names: list[str]) -> list[str]:
+    """To each row its distances over those of the reference rung; returns the columns, ratios included."""
     [reference] = [row for row in rows if row["method"] == REFERENCE]
-    ratios = {"frechet_ratio": judge.network.frechet_name, "perceptual_ratio": "perceptual",
-              "hole_perceptual_ratio": "hole_perceptual"}    # fmt: skip
-    for row in rows:
-        for ratio, name in ratios.items():
-            if ratio in judge.columns:
-                row[ratio] = row[name] / reference[name] if reference[name] else math.nan
+    columns = []
+    for name in names:
+        columns.append(name)
+        if any(word in name for word in RATIOS):
+            columns.append(f"{name} ratio")
+            for row in rows:
+                row[f"{name} ratio"] = row[name] / reference[name] if reference[name] else math.nan
+    return columns
 
 
-def write_csv(rows: list[dict], judge: Judge, path: Path) -> None:
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["method", *judge.columns, "n", "command"], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+def report(rows: list[dict], columns: list[str], notes: list[str], command: str) -> str:
+    from evaluation.judge import format_score, is_distance
+    from evaluation.tables import markdown
+
+    shown = [name for name in columns if is_distance(name) or name.removesuffix(" ratio") in SHOWN]
+    heads = [f"/ {REFERENCE}" if name.endswith(" ratio") else name.replace("_", " ") for name in shown]
+    cells = [[row["method"], *(format_score(name, row[name]) for name in shown)] for row in rows]
+    lines = ["# Ladder", "", f"`{command}`", "", f"{rows[0]['n']} pictures. Distances, L1 and perceptual: lower is better. "
+             "Seam and detail: mean gradient across the hole's rim and inside the hole over the originals', 1 is best."]
+    return "\n".join([*lines, *(f"- {note}" for note in notes), "", *markdown(["", *heads], cells), ""])
 
 
-def report(rows: list[dict], judge: Judge, own_command: str) -> str:
-    """Markdown: a table of the scores and one of the commands."""
-    network, count, heads = judge.network, rows[0]["n"], judge.columns
-    lines = ["# Ladder", "", f"`{own_command}`", ""]
-    lines.append(f"{count} pictures. {network.frechet_name} ({network.dims} features), {network.kernel_name}, perceptual: "
-                 "lower is better. Seam: gradient across the hole's rim over the originals', 1 is best.")    # fmt: skip
-    if count < network.dims:
-        lines.append(f"{count} pictures are fewer than the features, so {network.frechet_name} is biased upwards: "
-                     "compare it only with scores of as many pictures.")    # fmt: skip
-    lines += [network.note] if network.note else []
-    lines += ["", f"| | {' | '.join(head for head, _ in heads.values())} |", "|---" + "|---:" * len(heads) + "|"]
-    for row in rows:
-        lines.append(f"| {row['method']} | {' | '.join(f'{row[name]:{form}}' for name, (_, form) in heads.items())} |")
-    lines += ["", "| | made by |", "|---|---|"]
-    lines += [f"| {row['method']} | {'`' + row['command'] + '`' if row['command'] else ''} |" for row in rows]
-    return "\n".join([*lines, ""])
-
-
-def shown(args: argparse.Namespace, pictures: Pictures, count: int = 8) -> list[int]:
-    """Which pictures to draw."""
-    if args.show:
-        return [pictures.stems.index(stem) for stem in args.show]
-    last = len(pictures.stems) - 1
-    return sorted({round(i * last / (count - 1)) for i in range(count)})
-
-
-def cells(images: Tensor) -> list:
-    return list(images.permute(0, 2, 3, 1).contiguous().numpy())    # of (H, W, 3)
-
-
-# ---- all of it ----
-
-
-def main(argv: list[str] | None = None, run: Callable[[list[str]], None] = run) -> int:
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    figures.new_figure(1, 1)    # told before the work, should matplotlib be missing
-    pictures, judge = load(args)
+    if not 0 <= args.low_temperature < math.inf:
+        raise UserError(f"--low-temperature must be 0 or more, got {args.low_temperature}")
+    from evaluation import sets, tables
+    from evaluation.baselines import import_module
+    from evaluation.grids import write_grid
+    from evaluation.judge import load_judge
+    from models import MaskGIT
+    from pictures.files import refuse_overwriting
+
+    import_module("navier-stokes")    # a missing package is told before the work
+    refuse_overwriting(filter(None, (args.originals, args.masks, args.reference)), [args.output])
+    judge = load_judge(args)
+    model = MaskGIT.from_pretrained(args.checkpoint, device=pick_device(args.device))
+    pictures = sets.load_pictures(args.originals, args.masks, args.mask_hole, limit=args.limit)
+    shown = sets.choose(pictures, args.show, 8)
     writable_folder(args.output)
-    columns = shown(args, pictures)
-    masked = pictures.truth[columns].masked_fill(pictures.holes[columns], 128)
-    rows, table = [], {"input": cells(masked)}
-    for rung in tqdm(rungs(args.seed, args.low_temperature), unit="rung", disable=None):
-        images = pictures_of(rung, args, pictures, run)
-        words = command(rung, args)
-        rows.append({"method": rung.method} | judge.score(images, pictures)
-                    | {"n": len(images), "command": f"python {shlex.join(words)}" if words else ""})    # fmt: skip
-        table[rung.method] = cells(images[columns])
-    add_ratios(rows, judge)
-    text = report(rows, judge, shlex.join(["python", "ladder.py", *(sys.argv[1:] if argv is None else argv)]))
-    write_csv(rows, judge, args.output / "ladder.csv")
+    judge = judge.with_originals(sets.measure_originals(judge, pictures))
+
+    names, rows = judge.names(), []
+    grid = {"input": [x.original.masked_fill(x.hole, 128) for x in shown]}
+    for name, rung in rungs(model, args).items():
+        folder = args.output / name.replace(",", "").replace(" ", "_").lower()
+        scores = climb(rung, pictures, judge, folder, name)
+        rows.append({"method": name} | {key: scores.get(key, math.nan) for key in names} | {"n": len(pictures)})
+        grid[name] = [sets.read_image(folder / f"{x.name}.png") for x in shown]
+    columns = add_ratios(rows, names)
+    command = shlex.join(["python", "-m", "tools.ladder", *(sys.argv[1:] if argv is None else argv)])
+    text = report(rows, columns, judge.notes(len(pictures)), command)
+    tables.write_csv(args.output / "ladder.csv", ["method", *columns, "n"], rows)
     with atomic_write(args.output / "ladder.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    figures.picture_table(list(table.values()), list(table), [pictures.stems[i] for i in columns],
-                          args.output / "pictures.png", scale=max(1, 128 // pictures.truth.shape[2]))    # fmt: skip
+    scale = max(1, 128 // max(max(x.original.shape[1:]) for x in shown))
+    write_grid(args.output / "pictures.png", list(grid.values()), list(grid), [x.name for x in shown], scale)
     print(text)
     return 0
 

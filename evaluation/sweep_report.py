@@ -1,0 +1,96 @@
+"""Tables and figures of a sweep's results."""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation import figures, tables
+from evaluation.grids import write_grid
+from evaluation.judge import Judge, format_score, is_distance
+from evaluation.sets import Picture
+from evaluation.sweeps import KEY, all_settings, complete
+from models import MaskGIT
+from models.completion import Snapshot
+
+SHOWN = ("hole_psnr", "hole_ssim", "hole_perceptual", "seam")    # beside the distances, in the table of the best
+BEST = 10       # rows of that table
+PER_ROW = 10    # rounds drawn side by side
+
+
+def report(rows: list[tables.Row], args, judge: Judge, command: str) -> str:
+    """The results as Markdown: a table of t = T for each setting, as the reference has it, and the best of all rows."""
+    score, count = judge.names(svm=False)[0], int(rows[0]["n"])
+    seeds, known = ", ".join(tables.unique(row["seed"] for row in rows)), "put back" if args.paste else "as decoded"
+    lines = [f"# {score} (lower is better)", "", f"`{command}`", ""]
+    lines.append(f"{count} pictures, known pixels {known}; mean ± standard deviation over the seeds {seeds}.")
+    lines += [f"- {note}" for note in judge.notes(count)]
+    for label in tables.unique(map(tables.setting_label, rows)):
+        whole = [row for row in rows if tables.setting_label(row) == label and row["sweet_spot"] == row["total_iter"]]
+        if whole:
+            lines += ["", f"## {label}", "", *by_rounds(whole, score)]
+    return "\n".join([*lines, "", "## The best", "", *best(rows, judge), ""])
+
+
+def by_rounds(rows: list[tables.Row], score: str) -> list[str]:
+    """A row for each t = T, a column for each schedule."""
+    schedules = tables.unique(row["mask_func"] for row in rows)
+    lines = []
+    for total in sorted({int(row["total_iter"]) for row in rows}):
+        cells = [[row for row in rows if row["mask_func"] == name and int(row["total_iter"]) == total] for name in schedules]
+        lines.append([str(total), *(mean(cell, score) if cell else "" for cell in cells)])
+    return tables.markdown(["t = T", *schedules], lines)
+
+
+def best(rows: list[tables.Row], judge: Judge) -> list[str]:
+    """The settings and sweet spots with the lowest mean score."""
+    names = [name for name in KEY if name != "seed"]
+    groups: dict[tuple, list[tables.Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    every = judge.names(svm=False)
+    scores = tables.unique([every[0], *(name for name in every if is_distance(name) or name in SHOWN)])
+    ranked = sorted(groups.items(), key=lambda item: tables.mean_and_spread(item[1], scores[0])[0])[:BEST]
+    lines = [[*group, str(len(members)), *(mean(members, name) for name in scores)] for group, members in ranked]
+    return tables.markdown([*names, "seeds", *scores], lines)
+
+
+def mean(rows: list[tables.Row], score: str) -> str:
+    """Mean ± standard deviation over the seeds; a single one has no deviation."""
+    value, spread = tables.mean_and_spread(rows, score)
+    return format_score(score, value, spread if len(rows) > 1 else None)
+
+
+# ---- figures ----
+
+
+def draw(model: MaskGIT, picture: Picture, rows: list[tables.Row], judge: Judge, args) -> None:
+    """All figures of a sweep, the rounds those of one picture."""
+    figures.draw_sweep(rows, judge.names(svm=False)[0], args.output)
+    figures.schedule_curves(args.mask_func, args.output / "schedules.png")
+    for total in args.total_iter:
+        strips = {}
+        for setting in all_settings(args):
+            if setting.total_iter == total and setting.mask_func not in strips:    # the first decoder, temperature, seed
+                [result] = complete(model, [picture], setting, args, total, keep_rounds=True)
+                strips[setting.mask_func] = result.rounds
+        if strips:
+            draw_rounds(picture, strips, args.output / f"rounds_{total}.png")
+
+
+def draw_rounds(picture: Picture, strips: dict[str, list[Snapshot]], path: Path) -> None:
+    """Picture and token mask before the first and after every round, wrapped, one block for each schedule."""
+    rows = [[picture.original, picture.image.masked_fill(picture.hole, 128)]]
+    labels = ["original, input"]
+    for name, rounds in strips.items():
+        for start in range(0, len(rounds), PER_ROW):
+            part = rounds[start : start + PER_ROW]
+            rows += [[x.picture for x in part], [mask_picture(x) for x in part]]
+            labels += [f"{name}, rounds {start}-{start + len(part) - 1}", "still masked"]
+    write_grid(path, rows, labels)
+
+
+def mask_picture(snapshot: Snapshot) -> Tensor:
+    """The token mask as a picture (3, H, W) of the snapshot's size: white = masked, dark gray = known."""
+    gray = torch.where(snapshot.masked, 255.0, 60.0)[None, None]
+    return F.interpolate(gray, size=snapshot.picture.shape[1:])[0].to(torch.uint8).expand(3, -1, -1)

@@ -1,0 +1,77 @@
+"""Tables of scores: reads and writes them as CSV, and averages over seeds."""
+import csv
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils import UserError, atomic_write
+
+SETTING = ("decoder", "temperature", "choice_temperature")    # what one panel of a sweep's plots holds fixed
+
+Row = dict[str, str]    # of a CSV file
+
+
+def read_csv(path: str | Path, columns: Iterable[str]) -> list[Row]:
+    """Rows of a CSV file that must have the given columns and at least one row."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            names, rows = reader.fieldnames or [], list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a CSV file: {error}") from error
+    if missing := [name for name in columns if name not in names]:
+        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names) or 'none'}")
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    return rows
+
+
+def write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
+    """Numbers are written with six digits; what a row lacks is left empty."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Lines of a Markdown table; every column but the first is aligned to the right."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
+
+
+def score_name(rows: list[Row], chosen: str | None = None) -> str:
+    """The column to draw: the chosen one, else the first that is a Fréchet distance, or a distance to the original."""
+    if chosen is not None and chosen not in rows[0]:
+        raise UserError(f"no column {chosen!r}; there are {', '.join(rows[0])}")
+    distances = (key for key in rows[0] if key.split()[-1] == "FID" or key.split()[-1].startswith("FD-"))
+    name = chosen or next((*distances, *(key for key in ("hole_perceptual", "hole_l1") if key in rows[0])), None)
+    if name is None:
+        raise UserError("no column FID or FD-...; name the score with --score")
+    return name
+
+
+def number(row: Row, column: str) -> float:
+    try:
+        return float(row[column])
+    except (TypeError, ValueError):
+        raise UserError(f"column {column} holds {row[column]!r}, expected a number") from None
+
+
+def mean_and_spread(rows: Iterable[Row], score: str) -> tuple[float, float]:
+    """Mean and sample standard deviation of a score over the seeds (0 of a single one); nan where a seed has none."""
+    values = [number(row, score) for row in rows]
+    if not all(map(math.isfinite, values)):
+        return statistics.fmean(values), math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def setting_label(row: Row) -> str:
+    """What the rows of a panel have in common, e.g. "maskgit, temperature 1, noise 4.5"."""
+    words = {"temperature": "temperature", "choice_temperature": "noise"}
+    return ", ".join([row["decoder"], *(f"{word} {row[key]}" for key, word in words.items() if row[key])])
+
+
+def unique(values: Iterable) -> list:
+    return list(dict.fromkeys(values))
