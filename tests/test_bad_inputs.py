@@ -24,6 +24,9 @@ from tiny_runs import CONFIG, make_setting, write_pictures
 
 import evaluate
 import inpainting
+import training.loop
+import training.transformer
+import training.vqgan
 import training_transformer
 import training_vqgan
 from evaluation import baselines
@@ -57,8 +60,8 @@ def setting(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_but_the_beginning(monkeypatch):
     """Trainings end where the first step would begin; no network; no colours in what argparse prints."""
-    monkeypatch.setattr(training_vqgan, "training_loop", lambda *args, **options: 0)
-    monkeypatch.setattr(training_vqgan, "load_features", lambda *args: None)
+    monkeypatch.setattr(training.loop, "training_loop", lambda *args, **options: 0)
+    monkeypatch.setattr(training.vqgan, "load_features", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -121,9 +124,9 @@ VALUES = st.one_of(
 @pytest.mark.parametrize("script", ["vqgan", "transformer"])
 def test_values_in_configs(setting, tmp_path, script):
     base = load_config(setting.config)
-    classes = {"vqgan": training_vqgan.VQGANConfig, "train_vqgan": training_vqgan.TrainVQGANConfig,
-               "transformer": training_transformer.TransformerConfig,
-               "train_transformer": training_transformer.TrainTransformerConfig}    # fmt: skip
+    classes = {"vqgan": training.vqgan.VQGANConfig, "train_vqgan": training.vqgan.TrainVQGANConfig,
+               "transformer": training.transformer.TransformerConfig,
+               "train_transformer": training.transformer.TrainTransformerConfig}    # fmt: skip
     keys = [(section, key) for section in (script, f"train_{script}") for key in classes[section].__dataclass_fields__]
     case = st.tuples(st.sampled_from(keys), VALUES)
 

@@ -8,7 +8,8 @@ from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 from pictures.holes import random_holes
 from training.speed import padded_positions
-from training_transformer import TrainTransformerConfig, draw_masks
+from training.token_batches import draw_masks
+from training.transformer import TrainTransformerConfig
 
 
 def tiny(context_dim=0, **transformer) -> MaskGIT:

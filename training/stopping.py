@@ -24,11 +24,6 @@ class StopRequest:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it: 143 for SIGTERM, 130 for SIGINT."""
-        return 128 + self.signal if self.signal else 0
-
 
 class NotFinite(UserError):
     """A loss or a gradient is NaN or infinite. Raised before it touches weights or checkpoints."""
