@@ -1,6 +1,6 @@
 """From what people hold (PIL images, arrays, tensors of any size) to the model's float tensors, and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,14 +102,24 @@ def shrink(pixels: Tensor, hole: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
     The hole is blanked with the mean of the known pixels first, so that nothing of it is mixed into its surroundings.
     """
+    return _resize(pixels, hole, (size, size))
+
+
+def resize(pixels: Tensor, hole: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A picture, uint8 (3, H, W), and its hole, bool (1, H, W), at another size; the hole does not leak into the rest."""
+    image, mask = _resize(pixels, hole, tuple(sides))
+    return to_uint8(image[0]), mask[0].bool()
+
+
+def _resize(pixels: Tensor, hole: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     image = pixels.float().div(127.5).sub(1).unsqueeze(0)                # (1, 3, H, W)
     mask = hole.float().unsqueeze(0)                                     # (1, 1, H, W)
-    if image.shape[-2:] == (size, size):
+    if image.shape[-2:] == size:
         return image, mask
     mean = (image * (1 - mask)).sum((2, 3), keepdim=True) / (1 - mask).sum().clamp_min(1)
     image = torch.where(hole, mean, image)
-    image = F.interpolate(image, size=(size, size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-    covered = F.interpolate(mask, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    covered = F.interpolate(mask, size=size, mode="bilinear", antialias=True, align_corners=False)
     return image, (covered > 1e-4).float()
 
 

@@ -10,13 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .schedule import gamma, mask_plan
 
 DECODERS = ("maskgit", "halton", "reference")
+MAX_ITER = 8             # rounds at most, where their number follows from the picture
+ENTROPY_BUDGET = 200.0   # nats that may be accepted in a round, for each window of tokens
+REFERENCE_ITER = 10      # rounds of the reference
 
-# Known tokens must never be picked for re-masking. Noise can push a log-probability above 0, so a finite value is not safe.
+# Known tokens must never be masked again. Noise can push a log-probability above 0, so no finite value is safe.
 KNOWN_CONFIDENCE = float("inf")
 
 
@@ -32,70 +36,111 @@ def iterative_decode(
     tokens_to_logits: Callable[[Tensor], Tensor],
     *,
     mask_token_id: int,
+    generators: Sequence[torch.Generator],
     schedule: str = "cosine",
-    total_iter: int = 10,
+    total_iter: int | None = None,
     sweet_spot: int | None = None,
+    max_iter: int = MAX_ITER,
+    entropy_budget: float = ENTROPY_BUDGET,
     decoder: str = "maskgit",
     temperature: float = 1.0,
     choice_temperature: float = 4.5,
-    generators: Sequence[torch.Generator],
+    lengths: Sequence[int] | None = None,
+    windows: Sequence[int] | None = None,
+    order: Tensor | None = None,
     on_round: Callable[[int], None] | None = None,
 ) -> list[Round]:
-    """Fill masked tokens; known tokens are returned unchanged, and the arguments are not written to.
+    """Fill masked tokens. Known tokens are returned unchanged, and the arguments are not written to.
+
+    Without `total_iter` the number of rounds follows from the picture: a round accepts the surest tokens as long as the
+    sum of their entropies stays within a budget, which bounds what is lost by sampling them independently of each other
+    (Ben-Hamu et al. 2025, https://arxiv.org/abs/2505.24857). Every row takes its own number of rounds.
 
     Args:
-        tokens: (B, N) int64; what stands at masked places is ignored.
+        tokens: (B, N) int64; what stands at masked positions is ignored.
         token_mask: (B, N) bool, True = to be filled; every row has its own count.
         tokens_to_logits: (B, N) tokens -> (M, K) logits of those that are `mask_token_id`, row by row.
-        schedule: gamma function, one of `models.schedule.SCHEDULES`.
-        total_iter: T, rounds of the schedule.
+        generators: one for each row, so that a row's result doesn't depend on its neighbours in the batch.
+        schedule: gamma function, one of `models.schedule.SCHEDULES`; used with `total_iter`.
+        total_iter: T, rounds of the schedule. None: as many as the picture needs; for 'reference' 10.
         sweet_spot: stop after this round, 1..T; the schedule still follows T. None runs them all.
+        max_iter: without `total_iter`, the last round, which accepts everything.
+        entropy_budget: without `total_iter`, nats a round and window.
         decoder: 'maskgit' samples tokens and ranks them by log-probability + noise; 'halton' samples and goes through the
             hole in a low-discrepancy order (Besnier et al. 2025, https://arxiv.org/abs/2503.17076); 'reference' takes the
             likeliest token and ranks by probability + noise, with progress counted from 0.
         temperature: divides the logits before sampling; 0 takes the likeliest token. Not used by 'reference'.
         choice_temperature: scale of the Gumbel noise in the ranking; falls to 0 over the rounds.
-        generators: one for each row, so that a row's result doesn't depend on its neighbours in the batch.
+        lengths: (B,) tokens of each row that are its own; the others fill it up. Default: N.
+        windows: (B,) windows that a row's tokens stand for. Default: 1.
+        order: (B, N) when the halton decoder comes to each token. Default: that of a square grid.
         on_round: called with the number of each finished round, from 1.
     Returns:
         One `Round` for each round run. The last one's `tokens` are the result.
     """
-    last = _check(tokens, token_mask, total_iter, sweet_spot, decoder, temperature, choice_temperature, generators)
     B, N = tokens.shape
-    plan = _plan(decoder, schedule, token_mask.sum(1), total_iter)                         # (B, T)
+    if decoder == "reference" and total_iter is None:
+        total_iter = REFERENCE_ITER
+    _check(tokens, token_mask, total_iter, sweet_spot, max_iter, entropy_budget, decoder, temperature, choice_temperature,
+           generators)    # fmt: skip
+    plan = None if total_iter is None else _plan(decoder, schedule, token_mask.sum(1), total_iter)    # (B, T)
+    budget = entropy_budget * torch.tensor([1] * B if windows is None else list(windows), device=tokens.device)    # (B,)
+    if decoder == "halton" and order is None:
+        order = halton_order(N).to(tokens.device).expand(B, N)
+    total = total_iter or max_iter
     masked, rounds = token_mask, []
-    # All rounds at once: the same numbers as round by round, and one copy to a GPU.
-    noises = torch.stack([torch.rand(last, 2, N, generator=g) for g in generators], 1).to(tokens.device)
-    for t, noise in enumerate(noises, 1):                                                  # (B, 2, N)
-        chosen = places(masked)    # (M,)
-        if len(chosen):
+    for t, noise in enumerate(_noise(generators, sweet_spot or total, lengths or [N] * B, N).to(tokens.device), 1):
+        positions = masked_positions(masked)                                               # (M,)
+        if len(positions):
             logits = tokens_to_logits(torch.where(masked, mask_token_id, tokens))          # (M, K)
-            tokens, score = _predict(decoder, logits, tokens, masked, temperature, noise[:, 0].flatten()[chosen])
-            confidence = _confidence(decoder, score, t, total_iter, choice_temperature, noise[:, 1])
+            uniform = noise[:, 0].flatten()[positions]                                     # (M,)
+            tokens, score, entropy = _predict(decoder, logits, tokens, masked, temperature, uniform)
+            confidence = _confidence(decoder, score, t, total, choice_temperature, noise[:, 1], order)
             confidence = torch.where(masked, confidence, KNOWN_CONFIDENCE)                 # (B, N)
-            masked = lowest(confidence, plan[:, t - 1]) & masked                           # (B, N)
+            if plan is not None:
+                left = plan[:, t - 1]                                                      # (B,)
+            elif t < max_iter:
+                left = _unaffordable(confidence, entropy, masked, budget)                  # (B,)
+            else:
+                left = torch.zeros_like(budget)
+            masked = lowest(confidence, left) & masked                                     # (B, N)
         rounds.append(Round(tokens, masked))
         if on_round:
             on_round(t)
+        if plan is None and not bool(masked.any()):
+            break
     return rounds
 
 
-def _check(tokens, token_mask, total_iter, sweet_spot, decoder, temperature, choice_temperature, generators) -> int:
-    """Refuse arguments that make no sense; returns the last round to run."""
+def _check(
+    tokens, token_mask, total_iter, sweet_spot, max_iter, entropy_budget, decoder, temperature, choice_temperature,
+    generators,
+) -> None:    # fmt: skip
+    """Refuse arguments that make no sense."""
     if decoder not in DECODERS:
         raise ValueError(f"unknown decoder {decoder!r}; expected one of {', '.join(DECODERS)}")
-    if total_iter < 1:
-        raise ValueError(f"total_iter must be at least 1, got {total_iter}")
+    for name, value in (("total_iter", total_iter), ("max_iter", max_iter)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if sweet_spot is not None and total_iter is None:
+        raise ValueError("sweet_spot is a round of total_iter: give total_iter too")
     if sweet_spot is not None and not 1 <= sweet_spot <= total_iter:
         raise ValueError(f"sweet_spot must lie in 1..total_iter ({total_iter}), got {sweet_spot}")
-    for name, value in (("temperature", temperature), ("choice_temperature", choice_temperature)):
+    for name, value in (
+        ("temperature", temperature), ("choice_temperature", choice_temperature), ("entropy_budget", entropy_budget),
+    ):    # fmt: skip
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be 0 or more, got {value}")
     if token_mask.shape != tokens.shape or token_mask.dtype != torch.bool:
         raise ValueError(f"token_mask must be bool {tuple(tokens.shape)}, got {token_mask.dtype} {tuple(token_mask.shape)}")
     if len(generators) != len(tokens):
         raise ValueError(f"{len(tokens)} rows need as many generators, got {len(generators)}")
-    return sweet_spot or total_iter
+
+
+def _noise(generators: Sequence[torch.Generator], rounds: int, lengths: Sequence[int], longest: int) -> Tensor:
+    """(rounds, B, 2, N) uniform numbers, as many of each generator as its row is long."""
+    rows = [torch.rand(rounds, 2, n, generator=g) for g, n in zip(generators, lengths, strict=True)]
+    return torch.stack([F.pad(row, (0, longest - row.shape[2]), value=0.5) for row in rows], 1)
 
 
 def _plan(decoder: str, schedule: str, hole: Tensor, total_iter: int) -> Tensor:
@@ -108,7 +153,8 @@ def _plan(decoder: str, schedule: str, hole: Tensor, total_iter: int) -> Tensor:
 
 
 def _predict(decoder: str, logits: Tensor, tokens: Tensor, masked: Tensor, temperature: float, uniform: Tensor):
-    """Predicted tokens (B, N), known ones as given, and scores (B, N): log-probabilities, in 'reference' probabilities."""
+    """Predicted tokens (B, N), known ones as given; scores (B, N), log-probabilities, for 'reference' probabilities; and
+    entropies (B, N) in nats, 0 for known tokens."""
     if len(logits) != len(uniform):
         raise ValueError(f"tokens_to_logits must give a row for each of {len(uniform)} masked tokens, got {len(logits)}")
     logits = logits.float()                                                                # (M, K)
@@ -124,30 +170,42 @@ def _predict(decoder: str, logits: Tensor, tokens: Tensor, masked: Tensor, tempe
     score = log_p.gather(1, picked.unsqueeze(1)).squeeze(1)                                # (M,)
     if decoder == "reference":
         score = score.exp()
-    return (
-        tokens.masked_scatter(masked, picked),
-        torch.zeros(tokens.shape, device=tokens.device).masked_scatter(masked, score),
-    )
+    entropy = torch.special.entr(log_p.exp()).sum(1)                                       # (M,)
+    zero = torch.zeros(tokens.shape, device=tokens.device)
+    return tokens.masked_scatter(masked, picked), zero.masked_scatter(masked, score), zero.masked_scatter(masked, entropy)
 
 
-def _confidence(decoder: str, score: Tensor, t: int, total_iter: int, choice_temperature: float, uniform: Tensor) -> Tensor:
+def _confidence(
+    decoder: str, score: Tensor, t: int, total_iter: int, choice_temperature: float, uniform: Tensor,
+    order: Tensor | None = None,
+) -> Tensor:    # fmt: skip
     """(B, N), high = keep."""
     if decoder == "halton":
-        order = halton_order(score.shape[1]).to(score.device)                              # (N,) when each place comes
-        return -order.float().expand_as(score)
+        return -order.float()
     tiny = torch.finfo(uniform.dtype).tiny
     gumbel = -torch.log(-torch.log(uniform.clamp(tiny, 1 - 1e-7)))                         # (B, N)
     progress = (t - 1) / total_iter if decoder == "reference" else t / total_iter
     return score + choice_temperature * (1 - progress) * gumbel
 
 
-def places(masked: Tensor) -> Tensor:
+def _unaffordable(confidence: Tensor, entropy: Tensor, masked: Tensor, budget: Tensor) -> Tensor:
+    """How many tokens stay masked in each row, (B,): all but the surest whose entropies add up to no more than the budget.
+
+    At least one token of a row is accepted.
+    """
+    surest_first = confidence.argsort(dim=1, descending=True, stable=True)                 # (B, N), known tokens before all
+    spent = entropy.gather(1, surest_first).cumsum(1)                                      # (B, N)
+    affordable = (spent <= budget.unsqueeze(1)).sum(1) - (~masked).sum(1)                  # (B,)
+    return (masked.sum(1) - affordable.clamp_min(1)).clamp_min(0)
+
+
+def masked_positions(masked: Tensor) -> Tensor:
     """Positions b * N + n of all that is True in (B, N): (M,). A GPU is waited for, to know M."""
     return masked.flatten().nonzero().squeeze(1)
 
 
 def lowest(confidence: Tensor, count: Tensor) -> Tensor:
-    """Mark the `count` least confident places of each row, by rank, so that ties can't change the number.
+    """Mark the `count` least confident tokens of each row, by rank, so that ties can't change the number.
 
     Args:
         confidence: (B, N).
@@ -161,7 +219,7 @@ def lowest(confidence: Tensor, count: Tensor) -> Tensor:
 
 @functools.cache
 def halton_order(seq_len: int) -> Tensor:
-    """When each place of a square grid is visited by the Halton sequence of bases 2 and 3: (N,), a permutation of 0..N-1.
+    """When each token of a square grid is visited by the Halton sequence of bases 2 and 3: (N,), a permutation of 0..N-1.
 
     Neighbours in time are far apart in space, so tokens that are filled together depend little on one another.
     """
@@ -170,7 +228,7 @@ def halton_order(seq_len: int) -> Tensor:
         raise ValueError(f"the halton decoder needs a square grid of tokens, got {seq_len}")
     steps = torch.arange(1, 64 * seq_len + 1)
     cells = (radical_inverse(steps, 2) * side).long() * side + (radical_inverse(steps, 3) * side).long()
-    first = torch.full((seq_len,), len(steps)).scatter_reduce(0, cells, steps, "amin")     # first visit of each place
+    first = torch.full((seq_len,), len(steps)).scatter_reduce(0, cells, steps, "amin")     # first visit of each token
     return first.argsort(stable=True).argsort(stable=True)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .completion import Job, complete_pictures
 from .convert import Given
-from .decoding import Round, iterative_decode, places
+from .decoding import Round, iterative_decode, masked_positions
 from .files import ModelFiles
 from .local_autoencoder import condition, condition_channels
 from .transformer import BidirectionalTransformer, TransformerConfig
@@ -118,11 +118,11 @@ class MaskGIT(nn.Module, ModelFiles):
             tokens: (B, N) true tokens.
             masked: (B, N) bool, the tokens to be hidden and predicted.
             pixels: (B, N, pixel_dim), see `patch_pixels`, where the transformer takes them.
-            positions: (M,) positions b * N + n whose cross-entropies are returned; default: `places(masked)`.
+            positions: (M,) positions b * N + n whose cross-entropies are returned; default: `masked_positions(masked)`.
         Returns:
             Cross-entropies of the tokens there, (M,), in nats; 0 where they are not masked.
         """
-        positions = places(masked) if positions is None else positions                                    # (M,)
+        positions = masked_positions(masked) if positions is None else positions                # (M,)
         x = self.transformer.trunk(torch.where(masked, self.mask_token_id, tokens), pixels, positions)    # (M, D)
         return self.transformer.compiled_like_blocks(MaskGIT.losses)(self, x, tokens, masked, positions, label_smoothing)
 
@@ -172,6 +172,7 @@ class MaskGIT(nn.Module, ModelFiles):
 
     def autocast(self, precision: str | None) -> AbstractContextManager:
         """What `precision` means; see `complete`."""
+        precision = precision or self.precision
         if precision not in (None, "fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
         if precision is None:
@@ -219,7 +220,7 @@ class MaskGIT(nn.Module, ModelFiles):
         rows round differently, and a picture would depend on what it shares a batch with. `features` (B, N, D) are the
         transformer's of these tokens, where they are known already.
         """
-        positions = places(tokens == self.mask_token_id)                          # (M,)
+        positions = masked_positions(tokens == self.mask_token_id)                # (M,)
         filled = F.pad(positions, (0, -len(positions) % tokens.shape[1]))            # (M + a few,), padded with position 0
         if features is None:
             features = self.transformer.features(tokens, pixels, filled)          # (M + a few, D)
@@ -253,8 +254,8 @@ class MaskGIT(nn.Module, ModelFiles):
             options: batch_size, paste, precision, on_progress; see `models.completion.complete_pictures`. Also schedule,
                 total_iter, sweet_spot, decoder, temperature, choice_temperature; see `models.decoding.iterative_decode`.
         Returns:
-            One picture, of the type and size of `image`, always RGB; a list of them for a list or `num_samples` > 1; a tensor
-            (B, 3, H, W) for one. With `return_rounds` a pair: these, and a list of `Snapshot` or a list of such lists.
+            One picture, of the type and size of `image`, always RGB; a list of them for a list or `num_samples` > 1; a
+            tensor (B, 3, H, W) for one. With `return_rounds` a pair: these, and a list of `Snapshot` or of such lists.
         Raises:
             ValueError: picture and mask don't fit together, there is no hole, or an option makes no sense.
         """

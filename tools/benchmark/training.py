@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import MaskGIT
 from models.attention import use_fused_attention
-from models.decoding import places
+from models.decoding import masked_positions
 from models.maskgit import pixel_to_token_mask
 from pictures.holes import random_holes
 from tools.benchmark.timing import Case, describe, draw_pictures, load_models, seconds, take_turns
@@ -49,7 +49,7 @@ def training_step(plan: Plan, device: torch.device, compile: bool = False) -> tu
     def draw(step: int) -> tuple[Tensor, ...]:
         mask = random_holes(batch, model.image_size, seeded("benchmark holes", step))
         masked = pixel_to_token_mask(mask, model.vqgan.config.stride)
-        return mask, masked, (padded_positions if plan.captured else places)(masked)
+        return mask, masked, (padded_positions if plan.captured else masked_positions)(masked)
 
     def gradients(tokens: Tensor, masked: Tensor, pixels: Tensor | None, positions: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
