@@ -12,6 +12,8 @@ class HeadNorm(nn.RMSNorm):
     """RMS norm over the channels of a head, in the precision of its input: the fast attention kernel takes one precision."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():    # which has no such operation
+            return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt() * self.weight
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 

@@ -16,7 +16,7 @@ import training_vqgan
 from models.maskgit import MaskGIT
 from pictures.images import read_image, write_image
 from pictures.masks import read_mask
-from tools import export, generate
+from tools import generate
 from training.checkpoints import load_checkpoint
 from training.options import load_sections, with_flags
 from training.pictures_by_step import FolderPictures
@@ -422,19 +422,6 @@ def test_stage_2_refuses_to_go_on_from_what_does_not_fit(runs, tmp_path):
     assert "has another transformer, {" in told(runs / "finish/maskgit.safetensors", *depth)
 
 
-def test_export_takes_the_transformer_of_one_and_the_decoder_of_the_other(runs, tmp_path):
-    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
-    run(export, *argv, "--output", tmp_path / "model.safetensors", "--note", "seed=0")
-    model = MaskGIT.from_pretrained(tmp_path / "model.safetensors")
-    ema = load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
-    finished = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors").vqgan.state_dict()
-    for name, value in model.transformer.state_dict().items():
-        assert torch.equal(value.half(), ema[name].half())
-    assert model.vqgan.state_dict().keys() == finished.keys()
-    for name, value in model.vqgan.state_dict().items():
-        assert torch.equal(value.half(), finished[name].half())
-
-
 def test_dropout_may_change_when_stage_2_goes_on(runs, tmp_path):
     finished = runs / "finish/maskgit.safetensors"
     argv = ["--vqgan", finished, "--init", finished, "--set", "transformer.dropout=0.3"]
@@ -446,66 +433,6 @@ def test_dropout_may_change_when_stage_2_goes_on(runs, tmp_path):
 def test_stage_2_starts_from_a_finished_model_without_its_context(runs):
     vqgan = training_transformer.load_vqgan(str(runs / "finish/maskgit.safetensors"))
     assert vqgan.config.context_dim == 0 and vqgan.decoder.from_context is None
-
-
-def test_export_refuses_a_vqgan_of_other_tokens(runs, tmp_path):
-    other = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
-    other.vqgan.codebook.embedding.weight.data[0] += 1
-    other.save_file(tmp_path / "other.safetensors")
-    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", tmp_path / "other.safetensors"]
-    assert "other tokens" in refused(export, *argv, "--output", tmp_path / "model.safetensors")
-    assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_export_averages_two_transformers(runs, tmp_path):
-    other = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
-    for parameter in other.transformer.parameters():
-        parameter.data += 0.5
-    other.save_file(tmp_path / "other.safetensors")
-    argv = ["--transformer", runs / "maskgit/last.pt", "--output", tmp_path / "model.safetensors"]
-    run(export, *argv, "--average", tmp_path / "other.safetensors")
-    ema = load_checkpoint(runs / "maskgit/last.pt", training_transformer.KIND)["ema"]
-    theirs = MaskGIT.from_pretrained(tmp_path / "other.safetensors").transformer.state_dict()
-    for name, value in MaskGIT.from_pretrained(tmp_path / "model.safetensors").transformer.state_dict().items():
-        assert torch.equal(value.half(), ((ema[name] + theirs[name]) / 2).half())
-    other.vqgan.codebook.embedding.weight.data[0] += 1
-    other.save_file(tmp_path / "other.safetensors")
-    told = refused(export, *argv, "--average", tmp_path / "other.safetensors")
-    assert "was trained on other tokens than those of the VQGAN here: codebook" in told
-    assert "--average: checkpoint none not found" in refused(export, *argv, "--average", "none")
-
-
-def test_export_averages_two_decoders(runs, tmp_path):
-    mine = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors").vqgan.decoder.state_dict()
-    other = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
-    for parameter in other.vqgan.decoder.parameters():
-        parameter.data += 0.5
-    other.save_file(tmp_path / "other.safetensors")
-    theirs = MaskGIT.from_pretrained(tmp_path / "other.safetensors").vqgan.decoder.state_dict()
-    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
-    argv += ["--output", tmp_path / "model.safetensors", "--average-decoder"]
-    run(export, *argv, tmp_path / "other.safetensors")
-    for name, value in MaskGIT.from_pretrained(tmp_path / "model.safetensors").vqgan.decoder.state_dict().items():
-        assert torch.equal(value.half(), ((mine[name] + theirs[name]) / 2).half())
-    told = refused(export, *argv, runs / "maskgit/maskgit.safetensors")    # its decoder takes no features
-    assert "--average-decoder" in told and "has another VQGAN, {" in told and "'context_dim': 0" in told
-    assert "--average-decoder: checkpoint none not found" in refused(export, *argv, "none")
-
-
-def test_export_in_eight_bits_keeps_the_tokens(runs, tmp_path):
-    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", runs / "finish/maskgit.safetensors"]
-    run(export, *argv, "--output", tmp_path / "half.safetensors")
-    run(export, *argv, "--output", tmp_path / "small.safetensors", "--eight-bit")
-    half, small = (MaskGIT.from_pretrained(tmp_path / f"{name}.safetensors").vqgan.state_dict() for name in ("half", "small"))
-    assert (tmp_path / "small.safetensors").stat().st_size < (tmp_path / "half.safetensors").stat().st_size
-    assert tokenizer_difference(small, half) is None
-    differing = [name for name in half if not torch.equal(half[name], small[name])]
-    assert differing and all(name.startswith("decoder.") for name in differing)
-    # Such a file serves where another one does: here the decoder of an 8-bit file, written in 8 bits again.
-    argv = ["--transformer", runs / "maskgit/last.pt", "--vqgan", tmp_path / "small.safetensors", "--eight-bit"]
-    run(export, *argv, "--output", tmp_path / "again.safetensors")
-    again = MaskGIT.from_pretrained(tmp_path / "again.safetensors").vqgan.state_dict()
-    assert all(torch.equal(again[name], small[name]) for name in small)
 
 
 def test_generate_depends_on_the_seed_alone(runs, tmp_path):

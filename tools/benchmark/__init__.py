@@ -17,7 +17,7 @@ from utils import Parser, UserError, atomic_write, writable_folder
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("what", choices=("inpaint", "train"))
     parser.add_argument("--checkpoint", metavar="FILE", help="model (default: the bundled weights)")
     parser.add_argument("--reference-checkpoint", metavar="FILE", help="trained weights of the reference")
