@@ -22,7 +22,6 @@ from training.options import load_sections, with_flags
 from training.pictures_by_step import FolderPictures
 from training.processes import start_accelerator
 from training.stopping import NotFinite
-from training.weights import tokenizer_difference
 from utils import UserError, build_config
 
 # Of the decoder's loss, without a second network; each is also the name of its weight.
