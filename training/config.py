@@ -40,6 +40,15 @@ class TrainConfig:
     val_pictures: Count = 256
 
 
+@dataclass(config=STRICT)
+class WindowsConfig(TrainConfig):
+    """Keys of the stages that can learn from windows of photographs, see training/windows.py."""
+
+    windows: Steps = 0                  # windows that make up an epoch; 0: whole pictures
+    guess_share: Fraction = 0.5         # share of the windows with a guess of the hole's content
+    guess_gain: Positive = 1.0          # the weights of the guess's inputs move so many times as far; they may begin at zero
+
+
 def check_size(section: str, config: Any, build: Callable[[], nn.Module]) -> None:
     """Refuse a model that no machine can hold, before any memory is asked for it. `build` makes it from `config`."""
     for name, limit in LIMITS.items():

@@ -21,26 +21,27 @@ from models.maskgit import MaskGIT
 from models.perceptual import PerceptualFeatures, perceptual_distance
 from pictures.folders import load_folder
 from pictures.images import to_float
-from training.config import Fraction, Positive, Steps, TrainConfig, Weight
+from training.config import Fraction, Positive, Steps, Weight, WindowsConfig
 from training.finish_losses import decoder_terms, discriminator_terms
 from training.finish_models import continue_discriminators, load_discriminators, load_model, load_networks
 from training.loop import run_stage
 from training.losses import hole_psnr, validation_holes, write_grid
-from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
+from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import load_sections
 from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures
 from training.processes import on_main
 from training.run import Run
 from training.sampled_batches import Batch, draw_batch, prepare
 from training.speed import Ahead, Captured, in_side_stream
-from training.weights import fingerprint_module
+from training.weights import fingerprint_module, guess_inputs
+from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_windows, write_windows
 from utils import UserError, build_config
 
 Scales = Annotated[list[Count], Field(min_length=1)]    # enlargements at which a perceptual network looks
 
 
 @dataclass(config=STRICT)
-class FinishConfig(TrainConfig):
+class FinishConfig(WindowsConfig):
     epochs: Count = 5
     sampled_share: float = 0.75                  # share of pictures whose holes have sampled tokens, not true ones
     discriminator_rate: Positive = 1e-4          # constant
@@ -95,7 +96,8 @@ class FinishRun(Run):
     KIND = "finish-training"
 
     config: FinishConfig
-    pictures: FolderPictures | ShardPictures
+    pictures: FolderPictures | ShardPictures | Windows
+    val_windows: WindowBatch | None      # where the validation pictures are windows
     model: MaskGIT                       # its decoder is the averaged one
     decoder: nn.Module                   # the only part of the model that learns
     discriminator: nn.Module
@@ -109,7 +111,7 @@ class FinishRun(Run):
 
     def __post_init__(self) -> None:
         device = self.accelerator.device
-        threads = 8 if isinstance(self.pictures, FolderPictures) else 1    # shards are read in order
+        threads = 1 if isinstance(self.pictures, ShardPictures) else 8    # shards are read in order
         drawn = Ahead(lambda step: draw_batch(self, self.drawn_at(step)), threads if device.type == "cuda" else 0)
         self.batch = lambda step: prepare(self, step, drawn(step))
         self.batches = Ahead(in_side_stream(device, self.batch), int(device.type == "cuda"))
@@ -142,7 +144,10 @@ class FinishRun(Run):
 
     def validate(self, epoch: int, grid: Path) -> dict[str, float]:
         if self.accelerator.is_main_process:
-            write_completions(self, grid)
+            if self.val_windows is None:
+                write_completions(self, grid)
+            else:
+                write_windows(self.accelerator, self.model, self.val_windows, grid)
         return validate(self)
 
     def export(self, path: Path, step: int) -> None:
@@ -171,8 +176,13 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
         continue_discriminators(args.discriminators, earlier, both)
     elif first is not None:
         continue_discriminators(args.vqgan, {"discriminator": first}, both)
-    pictures = open_pictures(args, model.image_size, c, accelerator)    # last: a large set takes minutes
-    val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: c.val_pictures]
+    val_windows = None
+    if c.windows:
+        pictures, val_windows = open_windows(args, model.image_size, c, accelerator)
+        val_images = val_windows.image
+    else:
+        pictures = open_pictures(args, model.image_size, c, accelerator)    # last: a large set takes minutes
+        val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: c.val_pictures]
     given |= input_pictures(args, pictures, val_images)
 
     layout = {"memory_format": torch.channels_last}
@@ -186,7 +196,7 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
     for network in filter(None, (features, second)):
         network.place(accelerator.device)
     run = FinishRun(
-        c, {"train_finish": asdict(c)}, accelerator, pictures, val_images, given, model, decoder, discriminator,
+        c, {"train_finish": asdict(c)}, accelerator, pictures, val_images, given, val_windows, model, decoder, discriminator,
         feature_discriminator, optimizer, optimizer_d, features, second,
     )    # fmt: skip
     if args.capture:
@@ -213,8 +223,10 @@ def train_step(run: FinishRun, step: int, batch: Batch) -> dict[str, float]:
         "gradient_norm": run.decoder.parameters(),
         "discriminator_gradient_norm": [x for module in run.discriminators for x in module.parameters()],
     }
-    values = run.optimizer_step(step, totals, learners, run.optimizer, run.optimizer_d)
-    update_ema(run.model.vqgan.decoder, run.unwrap(run.decoder), ema_decay_at(step, c.ema_decay))
+    decoder = run.unwrap(run.decoder)
+    with moved_further(guess_inputs(decoder) if c.windows else [], c.guess_gain):
+        values = run.optimizer_step(step, totals, learners, run.optimizer, run.optimizer_d)
+    update_ema(run.model.vqgan.decoder, decoder, ema_decay_at(step, c.ema_decay))
     return values | {"learning_rate": rate}
 
 
@@ -252,15 +264,17 @@ def micro_step(run: FinishRun, batch: Batch) -> dict[str, Tensor]:
 @torch.no_grad()
 def validate(run: FinishRun) -> dict[str, float]:
     """Scores of the averaged decoder on fixed pictures and holes, with true and with sampled tokens."""
-    model, images = run.model, run.val_images
+    model, images, windows = run.model, run.val_images, run.val_windows
 
     def sums() -> Iterator[dict[str, Tensor]]:
-        fixed = images, validation_holes(images, run.config.seed), torch.arange(len(images))
-        for image, mask, seeds in run.local_batches(*fixed):
+        holes = windows.holes if windows else validation_holes(images, run.config.seed)
+        fixed = images, holes, torch.arange(len(images)), *(windows.plan if windows else ())
+        for image, mask, seeds, *plan in run.local_batches(*fixed):
             image, mask, values = to_float(image), mask.float(), {}
+            guess = make_guess(model.vqgan, image, mask.bool(), GuessPlan(*plan)) if plan else None
             with run.accelerator.autocast():
-                sampled, _, known = model.complete(image, mask, seeds.tolist(), total_iter=8)
-                true = model.decode(model.vqgan.encode(image), image, mask, known.context)
+                sampled, _, known = model.complete(image, mask, seeds.tolist(), guess=guess, total_iter=3 if plan else 8)
+                true = model.decode(model.vqgan.encode(image), image, mask, known.context, guess)
             original = run.features(image)
             for kind, output in (("true", true), ("sampled", sampled)):
                 pasted = torch.where(mask.bool(), output, image)

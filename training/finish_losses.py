@@ -21,10 +21,10 @@ Both = tuple[Tensor, Tensor]    # of originals, and of completed pictures
 def decoder_terms(run: FinishRun, batch: Batch) -> tuple[dict[str, Tensor], Both, list[Both]]:
     """The weighted terms of the decoder's loss; originals and completed pictures; and each feature map of both."""
     c, grid = run.config, run.model.vqgan.config.grid
-    image, mask, tokens, context = batch
+    image, mask, tokens, context, guess = batch
     true = run.true_of(image)
     z_q = run.model.vqgan.codebook.lookup(tokens.view(-1, grid, grid))           # (B, d, h, w)
-    output = run.decoder(z_q, image, mask, context).float()                      # (B, 3, H, W)
+    output = run.decoder(z_q, image, mask, context, guess).float()                      # (B, 3, H, W)
     pasted = torch.where(mask.bool(), output, image)
     with torch.no_grad():
         original = run.features(image)

@@ -15,7 +15,7 @@ from models.perceptual import PerceptualFeatures
 from models.vqgan import VQGAN, VQGANConfig
 from training.checkpoints import load_checkpoint
 from training.losses import load_features
-from training.weights import tokenizer_difference
+from training.weights import tokenizer_difference, with_guess
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def load_model(path: str, vqgan: str | None, c: FinishConfig) -> tuple[MaskGIT, 
     Returns it and the weights of stage 1's discriminator.
     """
     model, discriminator = MaskGIT.from_pretrained(Path(path)), None
+    model = with_guess(model) if c.windows and model.vqgan.conditioned else model
     if not model.vqgan.conditioned:
         raise UserError("the finish needs the conditioned decoder; this model has the reference decoder")
     if vqgan is not None:

@@ -1,9 +1,11 @@
 """Learning rates and averaged weights."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def cosine_rate(step: int, total: float, peak: float, warmup: int) -> float:
@@ -29,3 +31,15 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 def ema_decay_at(step: int, decay: float) -> float:
     """A short memory at the start, so that the average forgets the random initialisation: min(decay, (1+t)/(10+t))."""
     return min(decay, (1 + step) / (10 + step))
+
+
+@contextlib.contextmanager
+def moved_further(weights: list[Tensor], gain: float) -> Iterator[None]:
+    """The optimizer's step inside the block moves these weights `gain` times as far.
+
+    For inputs that were added to a trained network and begin at zero: its learning rate is too low for them.
+    """
+    before = [weight.clone() for weight in weights] if gain != 1 else []
+    yield
+    for weight, old in zip(weights, before, strict=False):
+        weight.add_(weight - old, alpha=gain - 1)

@@ -16,6 +16,7 @@ from pictures.images import to_float
 from pictures.views import Views, random_views, take_views
 from training.pictures_by_step import epoch_order
 from training.speed import padded_positions, to_device
+from training.windows import GuessPlan, make_guess
 from utils import seeded
 
 if TYPE_CHECKING:
@@ -52,12 +53,22 @@ def draw_masks(
     return holes, lowest(order, hidden)
 
 
+def hide_tokens(holes: Tensor, stride: int, schedule: str, generator: torch.Generator) -> Tensor:
+    """Hide a share gamma(r), r uniform, of the tokens inside each hole (B, 1, H, W): (B, N) bool, at least one in a row."""
+    inside = pixel_to_token_mask(holes, stride)                                              # (B, N)
+    share = gamma(schedule, torch.rand(len(holes), generator=generator, dtype=torch.float64))    # (B,)
+    hidden = (share * inside.sum(1)).ceil().long().clamp_min(1)                              # (B,)
+    order = torch.rand(inside.shape, generator=generator).masked_fill(~inside, float("inf"))
+    return lowest(order, hidden)
+
+
 class Drawn(NamedTuple):
     """This process's part of the batch of one optimizer step, on the CPU; b = B / processes."""
 
     image: Tensor | None        # (b, 3, H, W) uint8, where pixels are needed
     views: Views | None         # how these are seen, where they are augmented
-    tokens: Tensor              # (b, N), of the pictures as they are
+    plan: GuessPlan | None      # how guesses of the holes' content are made, for windows
+    tokens: Tensor | None       # (b, N), of the pictures as they are; None for windows
     holes: Tensor               # (b, 1, H, W) bool
     masked: Tensor              # (b, N) bool, tokens to be predicted
     total: Tensor               # scalar, how many these are in the whole batch
@@ -67,6 +78,11 @@ class Drawn(NamedTuple):
 def draw_batch(run: TransformerRun, step: int) -> Drawn:
     """The batch of all processes is a function of (seed, step) alone."""
     c, vqgan = run.config, run.ema.vqgan.config
+    if c.windows:
+        window, generator = run.pictures.batch(step), seeded(c.seed, "hidden tokens", step)
+        masked = hide_tokens(window.all_holes, vqgan.stride, c.mask_schedule, generator)     # (B, N)
+        positions = find_positions(run, masked[run.mine])
+        return Drawn(window.image, None, window.plan, None, window.holes, masked[run.mine], masked.sum(), positions)
     epoch, k = divmod(step, run.per_epoch)
     chosen = epoch_order(len(run.pictures), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
     generator = seeded(c.seed, "transformer batch", step)
@@ -78,10 +94,14 @@ def draw_batch(run: TransformerRun, step: int) -> Drawn:
     views = None
     if c.augment:
         views = Views(*(part[run.mine] for part in random_views(len(chosen), c.augment, generator)))
-    total, masked = masked.sum(), masked[run.mine]
-    find = padded_positions if run.captured else masked_positions
-    positions = [find(masked[micro :: c.accum_grad]) for micro in range(c.accum_grad)]
-    return Drawn(image, views, tokens, holes[run.mine], masked, total, positions)
+    positions = find_positions(run, masked[run.mine])
+    return Drawn(image, views, None, tokens, holes[run.mine], masked[run.mine], masked.sum(), positions)
+
+
+def find_positions(run: TransformerRun, masked: Tensor) -> list[Tensor]:
+    """Where the hidden tokens (b, N) are, for each micro-batch."""
+    find, parts = padded_positions if run.captured else masked_positions, run.config.accum_grad
+    return [find(masked[micro::parts]) for micro in range(parts)]
 
 
 class Batch(NamedTuple):
@@ -97,11 +117,14 @@ class Batch(NamedTuple):
 @torch.no_grad()
 def prepare(run: TransformerRun, drawn: Drawn) -> Batch:
     send = partial(to_device, device=run.accelerator.device)
-    tokens, pixels = send(drawn.tokens), None
+    tokens, pixels, guess = drawn.tokens, None, None
     if drawn.image is not None:
-        image = to_float(send(drawn.image))                                                  # (b, 3, H, W)
+        image, holes = to_float(send(drawn.image)), send(drawn.holes)                        # (b, 3, H, W), (b, 1, H, W)
         if drawn.views is not None:
             image = take_views(image, Views(*map(send, drawn.views)))
+        if drawn.plan is not None:
+            guess = make_guess(run.ema.vqgan, image, holes, GuessPlan(*map(send, drawn.plan)))
+        if drawn.views is not None or drawn.plan is not None:
             tokens = run.ema.vqgan.encode(image)                                             # (b, N)
-        pixels = run.ema.pixels_of(image, send(drawn.holes))
-    return Batch(tokens, send(drawn.masked), pixels, send(drawn.total), [*map(send, drawn.positions)])
+        pixels = run.ema.pixels_of(image, holes, guess)
+    return Batch(send(tokens), send(drawn.masked), pixels, send(drawn.total), [*map(send, drawn.positions)])

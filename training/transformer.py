@@ -16,16 +16,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.config import STRICT, Count
-from models.maskgit import MaskGIT
+from models.maskgit import MaskGIT, pixel_to_token_mask
 from models.schedule import SCHEDULES
 from models.transformer import TransformerConfig
 from pictures.folders import load_folder
 from pictures.images import to_float
-from training.config import Fraction, Positive, Steps, TrainConfig, Weight, check_size
+from training.config import Fraction, Positive, Steps, Weight, WindowsConfig, check_size
 from training.loop import is_due, run_stage
 from training.losses import validation_holes, write_grid
 from training.muon import Muon
-from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
+from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import load_sections
 from training.pictures_by_step import check_one_batch, input_pictures
 from training.processes import on_main
@@ -33,12 +33,13 @@ from training.run import Run
 from training.speed import Ahead, Captured
 from training.token_batches import Batch, draw_batch, draw_masks, prepare
 from training.token_cache import TokenCache, encode, open_tokens
-from training.weights import load_vqgan, trained_transformer
+from training.weights import guess_inputs, load_vqgan, trained_transformer, vqgan_with_guess
+from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_windows, write_windows
 from utils import UserError, build_config, seeded
 
 
 @dataclass(config=STRICT)
-class TrainTransformerConfig(TrainConfig):
+class TrainTransformerConfig(WindowsConfig):
     epochs: Count = 300
     batch_size: Count = 64
     optimizer: Literal["adamw", "muon"] = "adamw"    # muon: for the blocks' matrices; half the steps to the same loss
@@ -61,6 +62,8 @@ class TrainTransformerConfig(TrainConfig):
     def __post_init__(self) -> None:
         if self.hole_share + self.full_share > 1 + 1e-9:
             raise ValueError(f"hole_share + full_share must not exceed 1, got {self.hole_share + self.full_share}")
+        if self.windows and self.augment:
+            raise ValueError("augment is for whole pictures; with windows it must be 0")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -76,8 +79,9 @@ class TransformerRun(Run):
     KIND = "transformer-training"
 
     config: TrainTransformerConfig
-    pictures: TokenCache
+    pictures: TokenCache | Windows
     val_tokens: Tensor    # (M, N) of the validation pictures
+    val_windows: WindowBatch | None    # where they are windows
     model: nn.Module      # MaskGIT
     ema: MaskGIT
     optimizer: torch.optim.Optimizer
@@ -111,7 +115,10 @@ class TransformerRun(Run):
 
     def validate(self, epoch: int, grid: Path) -> dict[str, float]:
         if self.accelerator.is_main_process and is_due(epoch, self.config.sample_every, self.config.epochs):
-            write_completions(self, grid)
+            if self.val_windows is None:
+                write_completions(self, grid)
+            else:
+                write_windows(self.accelerator, self.ema, self.val_windows, grid)
         scores = validate(self)
         self.plateau.step(scores["val_loss"])
         return scores
@@ -125,6 +132,7 @@ def build_run(
 ) -> TransformerRun:
     """Model, pictures, tokens and optimizer, on their device."""
     vqgan = on_main(accelerator, lambda: load_vqgan(args.vqgan))
+    vqgan = vqgan_with_guess(vqgan) if c.windows else vqgan
     check_size("transformer", model_config, lambda: MaskGIT(vqgan.config, model_config))
     torch.manual_seed(c.seed)
     model = MaskGIT(vqgan.config, model_config)
@@ -136,18 +144,23 @@ def build_run(
         model.embed_codes(seeded(c.seed, "embed codes"))
     model.to(accelerator.device)
 
-    val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: c.val_pictures]
+    val_windows = None
+    if c.windows:
+        pictures, val_windows = open_windows(args, model.image_size, c, accelerator)
+        val_images = val_windows.image
+    else:
+        val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: c.val_pictures]
+        pixels = model_config.pixel_dim > 0 or c.augment > 0
+        pictures = open_tokens(args, model.vqgan, c.mirror, pixels, accelerator)
     val_tokens = encode(model.vqgan, val_images, accelerator.device)
-    pixels = model_config.pixel_dim > 0 or c.augment > 0
-    tokens = open_tokens(args, model.vqgan, c.mirror, pixels, accelerator)
-    check_one_batch(len(tokens), c)
+    check_one_batch(len(pictures), c)
 
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model.transformer, c)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=c.plateau_patience)
     configs = model.configs() | {"train_transformer": asdict(c)}
     run = TransformerRun(
-        c, configs, accelerator, tokens, val_images, input_pictures(args, tokens, val_images), val_tokens,
+        c, configs, accelerator, pictures, val_images, input_pictures(args, pictures, val_images), val_tokens, val_windows,
         accelerator.prepare(model), ema, optimizer, plateau,
     )    # fmt: skip
     run.model.train()
@@ -184,7 +197,8 @@ def train_step(run: TransformerRun, step: int, batch: Batch) -> dict[str, float]
     *inputs, positions = batch
     loss = (run.captured or partial(gradients, run))(*inputs, *positions)
     learners = {"gradient_norm": transformer.parameters()}
-    values = run.optimizer_step(step, {"loss": loss}, learners, run.optimizer)
+    with moved_further(guess_inputs(transformer) if c.windows else [], c.guess_gain):
+        values = run.optimizer_step(step, {"loss": loss}, learners, run.optimizer)
     update_ema(run.ema.transformer, transformer, ema_decay_at(step, c.ema_decay))
     return values | {"learning_rate": run.optimizer.param_groups[0]["lr"]}
 
@@ -219,18 +233,31 @@ def gradients(
 def validate(run: TransformerRun) -> dict[str, float]:
     """Cross-entropy and accuracy of the averaged model on fixed pictures with fixed masks."""
     c, model, images = run.config, run.ema, run.val_images
-    generator = seeded(c.seed, "validation masks")
-    holes, masked = draw_masks(len(images), model.image_size, model.vqgan.config.stride, c, generator)
+    stride, windows = model.vqgan.config.stride, run.val_windows
+    if windows is None:
+        holes, masked = draw_masks(len(images), model.image_size, stride, c, seeded(c.seed, "validation masks"))
+        fixed = images, holes, run.val_tokens, masked
+    else:
+        masked = pixel_to_token_mask(windows.holes, stride)
+        fixed = images, windows.holes, run.val_tokens, masked, *windows.plan
 
     def sums() -> Iterator[dict[str, Tensor]]:
-        for image, hole, z, m in run.local_batches(images, holes, run.val_tokens, masked):
+        for image, hole, z, m, *plan in run.local_batches(*fixed):
+            image = to_float(image)
+            guess = make_guess(model.vqgan, image, hole, GuessPlan(*plan)) if plan else None
             with run.accelerator.autocast():
-                logits = model.transformer(torch.where(m, model.mask_token_id, z), model.pixels_of(to_float(image), hole))
+                pixels = model.pixels_of(image, hole, guess)
+                logits = model.transformer(torch.where(m, model.mask_token_id, z), pixels)
             logits = logits[m].float()                                                       # (M, K)
-            loss = nn.functional.cross_entropy(logits, z[m], reduction="sum")
-            yield {"val_loss": loss, "val_accuracy": (logits.argmax(1) == z[m]).sum()}
+            losses = nn.functional.cross_entropy(logits, z[m], reduction="none")             # (M,)
+            values = {"val_loss": losses.sum(), "val_accuracy": (logits.argmax(1) == z[m]).sum()}
+            guessed = {"val_guessed": (losses * GuessPlan(*plan).given.view(-1, 1).expand_as(m)[m]).sum()} if plan else {}
+            yield values | guessed
 
-    return run.mean_scores(sums(), int(masked.sum()))
+    scores = run.mean_scores(sums(), int(masked.sum()))
+    if windows is not None:    # of the windows with a guess alone
+        scores["val_guessed"] *= int(masked.sum()) / max(1, int(masked[windows.plan.given].sum()))
+    return scores
 
 
 @torch.no_grad()

@@ -47,6 +47,8 @@ def other_model(flag: str, path: str, model: MaskGIT) -> MaskGIT:
         other = MaskGIT.from_pretrained(path)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
+    if model.vqgan.config.guess:
+        other = with_guess(other)
     if name := tokenizer_difference(other.vqgan.state_dict(), model.vqgan.state_dict()):
         raise UserError(f"{flag} {path} was trained on other tokens than those of the VQGAN here: {name} differs")
     return other
@@ -69,3 +71,41 @@ def trained_decoder(flag: str, path: str, model: MaskGIT) -> dict[str, Tensor]:
     if trained.config != here:
         raise UserError(f"{flag} {path} has another VQGAN, {asdict(trained.config)}; here it is {asdict(here)}")
     return trained.decoder.state_dict()
+
+
+# ---- inputs for a guess of the hole's content ----
+
+
+def with_guess(model: MaskGIT) -> MaskGIT:
+    """A copy that also takes a guess. The weights of these inputs are zero: it completes as before, bit for bit."""
+    vqgan, config = vqgan_with_guess(model.vqgan), model.transformer.config
+    state = model.transformer.state_dict()
+    if config.pixel_dim and not model.vqgan.config.guess:
+        config = replace(config, pixel_dim=2 * config.pixel_dim)
+        state["pixel_embed.weight"] = _widened(state["pixel_embed.weight"])
+    wider = MaskGIT(vqgan.config, config)
+    wider.vqgan.load_state_dict(vqgan.state_dict())
+    wider.transformer.load_state_dict(state)
+    return wider.train(model.training)
+
+
+def vqgan_with_guess(vqgan: VQGAN) -> VQGAN:
+    """Like `with_guess`."""
+    wider, state = VQGAN(replace(vqgan.config, guess=True)), vqgan.state_dict()
+    for name, weight in state.items():
+        if name.startswith("decoder.condition.") and name.endswith(".weight") and not vqgan.config.guess:
+            state[name] = _widened(weight)
+    wider.load_state_dict(state)
+    return wider.eval().requires_grad_(False)
+
+
+def _widened(weight: Tensor) -> Tensor:
+    """Zeros for as many inputs again: those of the guess come after the known ones, (D, C, ...) -> (D, 2 C, ...)."""
+    return torch.cat([weight, torch.zeros_like(weight)], dim=1)
+
+
+def guess_inputs(module: nn.Module) -> list[Tensor]:
+    """The weights through which a transformer or a decoder made by the above takes a guess, as views."""
+    embed, layers = getattr(module, "pixel_embed", None), getattr(module, "condition", ())
+    weights = [layer.weight.detach() for layer in ([embed] if embed is not None else layers)]
+    return [weight[:, weight.shape[1] // 2 :] for weight in weights]

@@ -1,0 +1,151 @@
+"""Windows of photographs: a function of (seed, step), a guess inside the hole alone, an exact resume, an equal start."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import CONFIG, assert_same_run, kill_at, make_setting, metrics, run, run_group, succeed
+
+from models.maskgit import MaskGIT
+from models.transformer import TransformerConfig
+from models.vqgan import VQGANConfig
+from pictures.holes import window_holes
+from pictures.images import to_float
+from training.weights import with_guess
+from training.windows import Windows, load_photographs, make_guess
+from utils import UserError, seeded
+
+SMALL = {
+    "vqgan": VQGANConfig(image_size=16, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
+                         decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1]),
+    "transformer": TransformerConfig(codebook_size=32, seq_len=16, embed_dim=16, depth=1, num_heads=2, mlp_dim=32,
+                                     pre_norm=True, qk_norm=True, pixel_dim=64),
+}    # fmt: skip
+
+
+@pytest.fixture
+def model() -> MaskGIT:
+    torch.manual_seed(0)
+    return MaskGIT(**SMALL).eval()
+
+
+def photographs(*sizes: tuple[int, int]) -> list[torch.Tensor]:
+    rng = np.random.default_rng(0)
+    return [torch.from_numpy(rng.integers(0, 256, (3, *size), dtype=np.uint8)) for size in sizes]
+
+
+def windows(**changes) -> Windows:
+    options = {"size": 16, "per_epoch": 8, "batch_size": 8, "seed": 3} | changes
+    return Windows(photographs((40, 31), (16, 16), (9, 30), (16, 200)), **options)
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip((*one[:2], *one.plan), (*other[:2], *other.plan), strict=True))
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    assert same(windows().batch(5), windows().batch(5))
+    assert not same(windows().batch(5), windows().batch(6))
+    assert not same(windows().batch(5), windows(seed=4).batch(5))
+
+
+def test_two_processes_share_the_batch_of_one():
+    whole, parts = windows().batch(2), [windows(rank=rank, processes=2).batch(2) for rank in (0, 1)]
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.image, whole.image[rank::2])
+        assert torch.equal(part.plan.noise, whole.plan.noise[rank::2])
+
+
+def test_windows_of_small_and_narrow_photographs_have_the_models_size():
+    batch = windows(batch_size=64).batch(0)
+    assert batch.image.shape == (64, 3, 16, 16)
+    assert batch.image.dtype == torch.uint8
+
+
+def test_native_windows_are_cut_out_unchanged():
+    source = windows()
+    assert torch.equal(source.cut(0, 0.0, 0.0, 0.0, 0.9), source.photographs[0][:, :16, :16])
+    assert torch.equal(source.cut(0, 0.0, 0.0, 0.0, 0.1), source.photographs[0][:, :16, :16].flip(2))
+
+
+def test_every_window_has_a_hole_and_deep_holes_are_large():
+    holes, deep = window_holes(200, 16, seeded(0))
+    share = holes.float().mean((1, 2, 3))
+    assert (share > 0).all()
+    assert 0.1 < deep.float().mean() < 0.45
+    assert share[deep].mean() > share[~deep].mean()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_guess_is_seen_inside_the_hole_alone(model, share):
+    batch = windows(batch_size=64, guess_share=share).batch(0)
+    image = to_float(batch.image)
+    guess = make_guess(model.vqgan, image, batch.holes, batch.plan)
+    assert guess.abs().amax() <= 1
+    assert not guess.masked_select(~batch.holes).any()
+    assert round(guess[:, 3].amax((1, 2)).mean().item(), 1) == share    # few are emptied by chance
+
+
+def test_a_guess_is_near_the_truth(model):
+    batch = windows(batch_size=64, guess_share=1.0).batch(0)
+    smooth = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16)
+    plan = batch.plan._replace(recoded=torch.zeros(64, dtype=torch.bool))    # the tokenizer here has random weights
+    guess = make_guess(model.vqgan, smooth, batch.holes, plan)
+    error = (guess[:, :3] - smooth).abs()[guess[:, 3:].bool().expand(-1, 3, -1, -1)]
+    assert error.mean() < 0.15
+
+
+def test_a_model_that_learns_to_take_a_guess_begins_as_it_was(model):
+    wider = with_guess(model)
+    image, hole = torch.rand(2, 3, 16, 16) * 2 - 1, torch.zeros(2, 1, 16, 16)
+    hole[:, :, 3:11, 2:9] = 1
+    before, after = (m.complete(image, hole, [1, 2]).images for m in (model, wider))
+    assert torch.equal(before, after)
+    guess = torch.cat([image, torch.ones_like(hole)], 1)
+    assert torch.equal(before, wider.complete(image, hole, [1, 2], guess=guess).images)
+    assert torch.equal(with_guess(wider).transformer.pixel_embed.weight, wider.transformer.pixel_embed.weight)
+
+
+def test_repeated_folders_count_several_times_and_bad_ones_are_refused(tmp_path):
+    for name, side in (("a", 20), ("b", 900)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (side, side), (10, 20, 30)).save(tmp_path / name / "x.png")
+    assert [p.shape[1] for p in load_photographs([str(tmp_path / n) for n in "aba"])] == [20, 400, 20]
+    (tmp_path / "a" / "y.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="y.png"):
+        load_photographs([str(tmp_path / "a")])
+    assert len(load_photographs([str(tmp_path / "a")], "skip")) == 1
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Of stage 2 on windows: 3 steps an epoch, as in tiny_runs."""
+    setting = make_setting(tmp_path_factory.mktemp("windows"))
+    wider = CONFIG.replace("pixel_dim: 64", "pixel_dim: 128")
+    setting.config.write_text(wider.replace("train_transformer: {", "train_transformer: {windows: 24, "))
+    return setting
+
+
+def test_stage_2_on_windows_resumes_exactly(setting, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    succeed("transformer", setting.argv("transformer", whole))
+    assert {"val_loss", "val_guessed"} <= set().union(*metrics(whole))
+    assert run("transformer", setting.argv("transformer", cut), kill_at(7)).code == -9
+    succeed("transformer", setting.argv("transformer", cut, "--resume", "auto"))
+    assert_same_run(whole, cut, "transformer")
+
+
+def test_two_processes_learn_what_one_learns(setting, tmp_path):
+    flags = ("--epochs", "1", "--learning-rate", "1e-3", "--set", "transformer.dropout=0", "transformer.attention_dropout=0")
+    succeed("transformer", setting.argv("transformer", tmp_path / "one", *flags))
+    assert all(child.code == 0 for child in run_group("transformer", setting.argv("transformer", tmp_path / "two", *flags)))
+    one, two = ([line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", ["train_transformer.windows=-1", "train_transformer.guess_share=2",
+                                    "train_transformer.augment=0.5", "transformer.pixel_dim=64"])    # fmt: skip
+def test_settings_that_make_no_sense_are_refused_by_name(setting, tmp_path, change):
+    child = run("transformer", setting.argv("transformer", tmp_path / "x", "--set", change))
+    assert child.code == 2
+    assert change.partition("=")[0] in child.errors[-1]
