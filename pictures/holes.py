@@ -86,7 +86,7 @@ def _distance_to_box_centre(count: int, size: int, generator: torch.Generator) -
 def window_holes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw the holes of windows of photographs, whose holes may be much larger than the window.
 
-    45 % brush strokes of every width, 15 % boxes, 15 % walks, 15 % windows of which one side is hole, 10 % that are all hole.
+    45 % brush strokes of every width, 15 % boxes, 15 % walks, 15 % one side of the window, 10 % all of it.
 
     Returns:
         (count, 1, size, size) bool, True = hole, at least one pixel each; (count,) bool, which are of the last two kinds.
