@@ -9,9 +9,10 @@ import gradio as gr
 
 from demo.completing import MAX_COMPLETIONS, MAX_ROUNDS, MAX_SEED
 from demo.painting import CANVAS, PAINT
-from demo.photos import HOLE_COLOURS, KEPT
+from demo.photos import KEPT
 from models.decoding import DECODERS, iterative_decode
 from models.schedule import SCHEDULES
+from pictures.masks import COLOURS
 
 DEFAULTS = {name: p.default for name, p in inspect.signature(iterative_decode).parameters.items()}
 INTRODUCTION = """# MaskGIT inpainting
@@ -62,9 +63,8 @@ def options(ui: SimpleNamespace) -> None:
         ui.seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", info="same seed, same result")
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         with gr.Row():
-            last = DEFAULTS["total_iter"]
-            ui.rounds = gr.Slider(1, MAX_ROUNDS, last, step=1, label="Rounds", info="of the schedule")
-            ui.sweet_spot = gr.Slider(1, last, last, step=1, label="Sweet spot", info="stop after this round")
+            ui.rounds = gr.Slider(0, MAX_ROUNDS, 0, step=1, label="Rounds", info="0: as many as the picture needs")
+            ui.sweet_spot = gr.Slider(0, MAX_ROUNDS, 0, step=1, label="Sweet spot", info="stop after this round; 0: run all")
         with gr.Row():
             heat, chance = DEFAULTS["temperature"], DEFAULTS["choice_temperature"]
             ui.temperature = gr.Slider(0, 2, heat, step=0.05, label="Temperature", info="0: likeliest, 2: most varied")
@@ -72,7 +72,7 @@ def options(ui: SimpleNamespace) -> None:
         with gr.Row():
             ui.schedule = gr.Dropdown(list(SCHEDULES), value=DEFAULTS["schedule"], label="Schedule")
             ui.decoder = gr.Dropdown(list(DECODERS), value=DEFAULTS["decoder"], label="Decoder")
-        ui.hole_colour = gr.Radio(HOLE_COLOURS, value="black", label="Colour of the hole in uploaded masks")
+        ui.hole_colour = gr.Radio(COLOURS, value="black", label="Colour of the hole in uploaded masks")
 
 
 def result_column(ui: SimpleNamespace, hint: str) -> None:
@@ -98,8 +98,8 @@ def endpoint(ui: SimpleNamespace) -> None:
     with gr.Row(visible=False):
         ui.api = [
             gr.File(label="image"), gr.File(label="mask"), gr.Number(0, label="seed", precision=0),
-            gr.Radio(HOLE_COLOURS, value="white", label="hole"),
-            gr.Number(DEFAULTS["total_iter"], label="total_iter", precision=0),
+            gr.Radio(COLOURS, value="white", label="hole"),
+            gr.Number(0, label="total_iter", precision=0),
             gr.Number(DEFAULTS["temperature"], label="temperature"),
         ]    # fmt: skip
         ui.api_call, ui.api_result = gr.Button(), gr.File(label="completed")

@@ -11,16 +11,14 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from demo.completing import Completion, complete
+from demo.completing import Completion, complete, write_preview
 from demo.layout import lay_out, status_html
 from demo.painting import editor_value, painted
-from demo.photos import Photo, Sample, open_mask, open_photo, to_pil, write_png
+from demo.photos import Photo, Sample, open_mask, open_photo, to_pil
 from demo.rounds import rounds_html
 from models import MaskGIT
 from models.completion import Progress
 from utils import UserError
-
-SHOWN = 1280    # longer side of a completion as the page shows it; the file to download has the picture's own size
 
 
 def sentences(handler: Callable) -> Callable:
@@ -75,7 +73,6 @@ class Page:
         ui.upload.upload(self.take_upload, ui.upload, shown, **quiet)
         ui.upload_mask.upload(self.take_mask, [ui.upload_mask, ui.photo, ui.hole_colour], shown, **quiet)
         ui.wipe.click(self.wipe, ui.photo, shown, **quiet)
-        ui.rounds.change(lambda rounds: gr.Slider(maximum=rounds, value=rounds), ui.rounds, ui.sweet_spot, **quiet)
         ui.complete.click(
             self.press, [ui.photo, ui.editor, ui.seed, ui.count, ui.rounds, ui.sweet_spot, ui.schedule, ui.decoder,
                          ui.temperature, ui.choice],
@@ -105,7 +102,7 @@ class Page:
         }
 
     def file(self, image: Image.Image) -> str:
-        return str(write_png(image, self.folder, "image"))
+        return str(write_preview(image, self.folder))
 
     @sentences
     def take_sample(self, gallery: gr.Gallery) -> dict:
@@ -141,14 +138,15 @@ class Page:
         """Complete a picture of any size. Returns a PNG of the same size; known pixels come back bit for bit.
 
         image: file of the picture. mask: file of the same size; its white parts are the hole, unless `hole` is "black".
-        seed: the same seed gives the same picture. total_iter: rounds. temperature: 0 takes the likeliest.
+        seed: the same seed gives the same picture. total_iter: rounds; 0: as many as the picture needs. temperature: 0 takes
+        the likeliest content, 1 varies with the seed.
         """
         try:
             if image is None or mask is None:
                 raise UserError("Give a picture and a mask of the same size.")
             photo, _ = open_photo(image, self.max_pixels)
             photo, _ = open_mask(mask, photo, hole, self.max_pixels)
-            options = dict(total_iter=total_iter, temperature=temperature)
+            options = dict(total_iter=total_iter or None, temperature=temperature)
             made = complete(self.model, photo, photo.hole, seed, 1, self.folder, show_progress(progress), **options)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -162,38 +160,31 @@ class Page:
         try:
             made = complete(
                 self.model, photo, painted(editor, photo) if photo else None, seed, count, self.folder,
-                on_progress=show_progress(progress), total_iter=int(total_iter),
-                sweet_spot=min(int(sweet_spot), int(total_iter)), schedule=schedule, decoder=decoder,
+                on_progress=show_progress(progress), total_iter=int(total_iter) or None,
+                sweet_spot=int(sweet_spot) or None, schedule=schedule, decoder=decoder,
                 temperature=temperature, choice_temperature=choice,
             )    # fmt: skip
         except ValueError as error:
             yield {ui.status: status_html(str(error), error=True)}
             return
         seconds = time.perf_counter() - started
-        thumbnails = [(self.small(one.file), f"seed {one.seed}") for one in made] if len(made) > 1 else None
+        thumbnails = [(str(one.preview), f"seed {one.seed}") for one in made] if len(made) > 1 else None
         number = f"{len(made)} completions" if len(made) > 1 else "One completion"
+        steps = sorted({min(one.steps for one in made), max(one.steps for one in made)})
+        rounds = f"{' to '.join(map(str, steps))} round{'s' if steps[-1] > 1 else ''}"
         yield {
             ui.completions: made,
             ui.gallery: gr.Gallery(thumbnails, visible=len(made) > 1),
-            ui.status: status_html(f"{number} in {seconds:.2f} s. What you did not paint over is unchanged."),
+            ui.status: status_html(f"{number} in {seconds:.2f} s, {rounds}. What you did not paint over is unchanged."),
             **self.details(made[0], 0),
         }
 
-    def small(self, file: Path) -> str:
-        """A file to show on the page."""
-        with Image.open(file) as image:
-            if max(image.size) <= SHOWN:
-                return str(file)
-            image.thumbnail((SHOWN, SHOWN))
-            return self.file(image)
-
     def details(self, one: Completion, index: int) -> dict:
         """What the page shows of the chosen completion."""
-        ui, before = self.ui, to_pil(one.photo.image)
-        before.thumbnail((SHOWN, SHOWN))
+        ui, before = self.ui, self.file(to_pil(one.photo.picture.rgb()))
         return {
             ui.chosen: index,
-            ui.compare: (self.file(before), self.small(one.file)),
+            ui.compare: (before, str(one.preview)),
             ui.download: gr.DownloadButton(f"Download PNG (seed {one.seed})", interactive=True, value=str(one.file)),
             ui.reuse: gr.Button(interactive=True),
             ui.show_rounds: gr.Button(interactive=True),

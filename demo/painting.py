@@ -31,7 +31,8 @@ def editor_value(photo: Photo) -> dict[str, Any]:
         paint = Image.new("RGBA", size, PAINT)
         paint.putalpha(as_alpha(on_canvas(photo.hole, size)))
         layers = [paint]
-    return {"background": to_pil(photo.image).resize(size, Image.Resampling.BICUBIC), "layers": layers, "composite": None}
+    background = to_pil(photo.picture.rgb()).resize(size, Image.Resampling.BICUBIC)
+    return {"background": background, "layers": layers, "composite": None}
 
 
 def painted(editor: dict[str, Any] | None, photo: Photo) -> Tensor:

@@ -31,7 +31,7 @@ def steps(snapshots: list[Snapshot]) -> list[Step]:
     made, first, number = [], 0, 0
     for before, shot in zip([None, *snapshots], snapshots, strict=False):
         left = int(shot.masked.sum())
-        if before is None or before.level != shot.level:
+        if before is None or before.level != shot.level or left > int(before.masked.sum()):    # a level, or a part of it
             first, number = left, 0
         title = f"Round {number}" if number else "Start"
         title = f"Level {shot.level + 1}, {title.lower()}" if levels > 1 else title
