@@ -4,11 +4,13 @@ The bundled samples:  python inpainting.py
 Your own:             python inpainting.py --images PICTURES --masks MASKS --output out
 
 PICTURES and MASKS are folders (subfolders are read too) or files; a single mask serves all pictures. Black in a mask is the
-hole (--mask-hole white: white is). Pictures and masks are paired by name; where no names are the same, by what is left of
-them without what all have in common (image_001 and mask_001).
+hole (--mask-hole white: white is); of a mask with transparent parts these decide, and a notice says how. Pictures and masks
+are paired by name; where no names are the same, by what differs in them (image_001 and mask_001). Whatever Pillow can read
+is a picture, whatever its suffix.
 
 Writes OUTPUT/images/NAME.png. Outside the hole it says what the picture's file says: 16 bits a channel, the alpha channel,
-the colour profile, EXIF data and resolution are kept. Not kept: comments, thumbnails, further frames of an animation, CMYK.
+the colour profile, EXIF data and resolution are kept; an EXIF orientation is applied. Not kept: comments, thumbnails,
+further frames of an animation, CMYK.
 With --save-steps also OUTPUT/steps/NAME.png (the input, then the picture after every round), OUTPUT/masks/NAME.png (the
 tokens still masked after every round, white) and OUTPUT/steps/NAME.gif.
 """
@@ -18,7 +20,7 @@ import argparse
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,8 +34,11 @@ if TYPE_CHECKING:    # slow to import, and --help does without
     from models.completion import Result, Snapshot
     from pictures.images import Picture
 
-HERE = Path(__file__).resolve().parent
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+SAMPLES = Path(__file__).resolve().parent / "samples"
 AT_ONCE = 16_000_000    # pixels that wait for the model or the disk; smaller sets are read before anything is written
+SMALL = (64, 64)        # width and height of the pictures that cat64.safetensors is for
+LONGEST_NAME = 255      # bytes, on all common file systems
 
 Pair = tuple[str, Path, Path]    # name without suffix, file of the picture, file of its mask
 
@@ -50,15 +55,17 @@ class Task(NamedTuple):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flag = parser.add_argument
-    flag("--checkpoint", default=str(HERE / "checkpoints/cat64.safetensors"), help="model (default: the bundled one)")
-    flag("--images", default=str(HERE / "samples/images"), help="picture or folder (default: the bundled samples)")
-    flag("--masks", default=str(HERE / "samples/masks"), help="mask or folder; black = hole")
+    flag("--checkpoint",
+         help="model (default: of checkpoints/, cat64.safetensors for pictures of 64x64 and photo.safetensors for others)")
+    flag("--images", default=str(SAMPLES / "images"), help="picture or folder (default: the bundled samples)")
+    flag("--masks", default=str(SAMPLES / "masks"), help="mask or folder; black = hole, see --mask-hole")
     flag("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole (default: %(default)s)")
     flag("--output", default="out", help="folder for the results (default: %(default)s)")
     flag("--paste", action=argparse.BooleanOptionalAction, default=True, help="put the known pixels back, bit for bit")
+    flag("--total-iter", type=int, metavar="T", help="rounds of the schedule (default: as many as a picture needs)")
+    flag("--max-iter", type=int, default=8, metavar="N", help="without --total-iter: at most so many (default: %(default)s)")
     flag("--mask-func", default="cosine", metavar="NAME",
-         help="schedule: cosine, linear, square, sqrt, cubic or arccos (default: %(default)s)")
-    flag("--total-iter", type=int, default=10, help="T, rounds of the schedule (default: %(default)s)")
+         help="schedule of --total-iter: cosine, linear, square, sqrt, cubic or arccos (default: %(default)s)")
     flag("--sweet-spot", type=int, help="stop after this round, 1..T; the schedule still follows T (default: T)")
     flag("--decoder", default="maskgit", metavar="NAME", help="maskgit, halton or reference (default: %(default)s)")
     flag("--temperature", type=float, default=1.0,
@@ -66,13 +73,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--choice-temperature", type=float, default=4.5, help="noise in the order of filling (default: %(default)s)")
     flag("--num-samples", type=int, default=1, help="completions of each picture: NAME_s0.png, NAME_s1.png, ...")
     flag("--seed", type=int, default=0, help="another one gives other completions (default: %(default)s)")
-    flag("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is about twice as fast (default: %(default)s)")
+    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+         help="auto: bf16, about twice as fast, where the hardware multiplies in it (default: %(default)s)")
     flag("--compile", action="store_true",
          help="compile the transformer's blocks (torch.compile): takes about 30 s, worth it for many pictures; results "
               "differ by rounding")
     flag("--save-steps", action="store_true", help="write pictures, token masks and an animation of the rounds")
     flag("--batch-size", type=int, default=16, help="pictures computed together (default: %(default)s)")
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     flag("--skip-bad", action="store_true", help="leave out pictures that can't be used instead of stopping")
     return parser.parse_args(argv)
 
@@ -86,9 +94,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"unknown --mask-func {args.mask_func!r}; expected one of {', '.join(SCHEDULES)}")
     if args.decoder not in DECODERS:
         raise UserError(f"unknown --decoder {args.decoder!r}; expected one of {', '.join(DECODERS)}")
-    for name in ("total_iter", "batch_size", "num_samples"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("total_iter", "max_iter", "batch_size", "num_samples"):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.sweet_spot is not None and args.total_iter is None:
+        raise UserError("--sweet-spot is a round of --total-iter: give --total-iter too")
     if args.sweet_spot is not None and not 1 <= args.sweet_spot <= args.total_iter:
         raise UserError(f"--sweet-spot must lie in 1..{args.total_iter} (--total-iter), got {args.sweet_spot}")
     for name in ("temperature", "choice_temperature"):
@@ -107,8 +118,30 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
     folders = [folder for folder in (args.images, args.masks) if not is_inside(args.output, folder)]
     files = [file for _, *both in pairs for file in both]
     names = [sample_name(name, i, args) for name, *_ in pairs for i in range(args.num_samples)]
-    refuse_overwriting([*files, *folders, args.checkpoint], [path for name in names for path in outputs(name, args)])
+    written = [path for name in names for path in outputs(name, args)]
+    refuse_overwriting([*files, *folders, *([args.checkpoint] if args.checkpoint else [])], written)
+    for path in written:
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise UserError(f"{path} would have a name of more than {LONGEST_NAME} bytes; shorten the picture's name")
     return pairs
+
+
+def by_checkpoint(pairs: list[Pair], args: argparse.Namespace) -> dict[str, list[Pair]]:
+    """The pairs by the model that completes them."""
+    from pictures.images import read_size
+
+    small, photo = (str(CHECKPOINTS / f"{name}.safetensors") for name in ("cat64", "photo"))
+    if args.checkpoint:
+        return {args.checkpoint: pairs}
+    if not os.path.exists(photo):
+        return {small: pairs}
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(small if read_size(pair[1]) == SMALL else photo, []).append(pair)
+    if photo in groups:
+        notice(f"{len(groups[photo]):,} picture(s) are not {SMALL[0]}x{SMALL[1]}: completed with {Path(photo).name} "
+               "(--checkpoint overrides)")    # fmt: skip
+    return groups
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -195,13 +228,17 @@ def write_steps(rounds: list[Snapshot], strip: Path, mask_strip: Path, animation
 # ---- completing ----
 
 
-def complete(model: MaskGIT, pairs: list[Pair], args: argparse.Namespace) -> int:
-    """Complete and write all pictures; returns how many. Reading, computing and writing go on side by side."""
+def complete(
+    model: MaskGIT, pairs: list[Pair], precision: str, args: argparse.Namespace, on_written: Callable[[int], None]
+) -> None:
+    """Complete and write pictures. Reading, computing and writing go on side by side.
+
+    `on_written` is called for each picture with the number of its rounds.
+    """
     from models.completion import Job, complete_pictures
     from pictures.ahead import write_behind
 
     at_work: deque[Task] = deque()
-    done = 0
 
     def jobs() -> Iterator[Job]:
         for task in read_tasks(pairs, args):
@@ -209,27 +246,15 @@ def complete(model: MaskGIT, pairs: list[Pair], args: argparse.Namespace) -> int
             yield Job(task.picture.rgb(), task.hole, task.seed)
 
     results = complete_pictures(
-        model, jobs(), batch_size=args.batch_size, paste=args.paste, precision=args.precision, keep_rounds=args.save_steps,
-        schedule=args.mask_func, total_iter=args.total_iter, sweet_spot=args.sweet_spot, decoder=args.decoder,
-        temperature=args.temperature, choice_temperature=args.choice_temperature,
+        model, jobs(), batch_size=args.batch_size, paste=args.paste, precision=precision, keep_rounds=args.save_steps,
+        schedule=args.mask_func, total_iter=args.total_iter, max_iter=args.max_iter, sweet_spot=args.sweet_spot,
+        decoder=args.decoder, temperature=args.temperature, choice_temperature=args.choice_temperature,
     )    # fmt: skip
-    with (
-        progress(total=len(pairs) * args.num_samples, desc="completing", unit="picture") as bar,
-        write_behind(AT_ONCE) as write,
-    ):
-        try:
-            for result in results:
-                task = at_work.popleft()
-                write(task.hole.numel(), write_result, task, result, args)
-                bar.update()
-                done += 1
-        except UserError as error:
-            if not done:
-                raise
-            raise UserError(f"{error}; the {done:,} picture(s) before it are completed", exit_code=1) from error
-    if not done:
-        raise UserError(f"none of the {len(pairs)} pictures in {args.images} could be used")
-    return done
+    with write_behind(AT_ONCE) as write:
+        for result in results:
+            task = at_work.popleft()
+            write(task.hole.numel(), write_result, task, result, args)
+            on_written(result.steps)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,15 +264,33 @@ def main(argv: list[str] | None = None) -> int:
 
     check_args(args)
     device = pick_device(args.device)
+    precision = "fp32" if args.precision == "auto" else args.precision
     pairs = find_pairs(args)
-    model = MaskGIT.from_pretrained(args.checkpoint, device=device)
+    groups = [(MaskGIT.from_pretrained(path, device=device), part) for path, part in by_checkpoint(pairs, args).items()]
     if args.compile:
-        model.transformer.compile_blocks()
+        for model, _ in groups:
+            model.transformer.compile_blocks()
     writable_folder(args.output)
     started = time.perf_counter()
-    done = complete(model, pairs, args)
+    steps: list[int] = []
+    with progress(total=len(pairs) * args.num_samples, desc="completing", unit="picture") as bar:
+
+        def count(rounds: int) -> None:
+            steps.append(rounds)
+            bar.update()
+
+        try:
+            for model, part in groups:
+                complete(model, part, precision, args, count)
+        except UserError as error:
+            if not steps:
+                raise
+            raise UserError(f"{error}; {len(steps):,} picture(s) are completed, the others are not", exit_code=1) from error
+    if not steps:
+        raise UserError(f"none of the {len(pairs)} pictures in {args.images} could be used")
     seconds = time.perf_counter() - started
-    print(f"completed {done} pictures in {seconds:.1f} s ({done / seconds:.1f} pictures/s): {Path(args.output) / 'images'}")
+    speed = f"{len(steps) / seconds:.1f} pictures/s, {sum(steps) / len(steps):.1f} rounds each, {precision}"
+    print(f"completed {len(steps)} pictures in {seconds:.1f} s ({speed}): {Path(args.output) / 'images'}")
     return 0
 
 

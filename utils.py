@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 NAMED = 3    # files that a notice names
 
+# What Apple's MPS lacks is computed on the CPU, with a warning that names it. PyTorch reads this when it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
 
 class UserError(ValueError):
     """Something the user gave can't be used; the message is a sentence that says what to do."""
@@ -115,6 +118,14 @@ class progress(tqdm):
         rare = {"delay": 30, "mininterval": 30, "maxinterval": 60, "leave": False}
         super().__init__(*args, **options | ({} if self.live else rare))
 
+    def clear(self, nolock: bool = False) -> None:
+        if self.live:
+            super().clear(nolock)
+
+    def refresh(self, nolock: bool = False, lock_args: tuple | None = None) -> bool | None:
+        if self.live or not nolock:    # with `nolock`, to make room for a notice
+            return super().refresh(nolock, lock_args)
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self.live:
             super().display(msg, pos)
@@ -173,19 +184,21 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one, else the CPU."""
+    """'auto' is CUDA where there is one, else Apple's MPS, else the CPU."""
     import torch
 
+    expected = "expected auto, cpu, cuda, cuda:N or mps"
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {name!r} asked for, but PyTorch sees no CUDA device; use --device cpu")
+        raise UserError(f"unknown device {name!r}; {expected}") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not supported; {expected}")
+    if (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not has_mps):
+        raise UserError(f"device {name!r} asked for, but PyTorch sees no {device.type.upper()} device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r} asked for, but there are only {torch.cuda.device_count()} CUDA devices")
     return device

@@ -57,7 +57,7 @@ def run(checkpoint, folders, *flags: str, out: str = "out") -> dict[str, torch.T
     """Run the script in process; returns the pictures it wrote, by name."""
     argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks"]
     argv += ["--output", folders / out]
-    assert inpainting.main([str(a) for a in argv] + ["--device", "cpu", *flags]) == 0
+    assert inpainting.main([str(a) for a in argv] + ["--device", "cpu", "--precision", "fp32", *flags]) == 0
     return {p.stem: read_image(p) for p in sorted((folders / out / "images").iterdir())}
 
 
@@ -249,6 +249,7 @@ def broken(folders, what: str) -> list[str]:
         "unknown decoder": ["--decoder", "beam"],
         "no rounds": ["--total-iter", "0"],
         "sweet spot beyond T": ["--total-iter", "4", "--sweet-spot", "5"],
+        "sweet spot without T": ["--sweet-spot", "2"],
         "negative temperature": ["--temperature", "-1"],
         "temperature nan": ["--temperature", "nan"],
         "no samples": ["--num-samples", "0"],
@@ -264,7 +265,7 @@ CASES = {
     "checkpoint of another kind": "no config", "checkpoint of another config": "does not fit", "unknown schedule": "sinus",
     "unknown decoder": "beam", "no rounds": "at least 1", "sweet spot beyond T": "1..4",
     "negative temperature": "temperature", "temperature nan": "temperature",
-    "no samples": "--num-samples", "unknown device": "abacus", "no cuda": "CUDA",
+    "sweet spot without T": "--total-iter", "no samples": "--num-samples", "unknown device": "abacus", "no cuda": "CUDA",
 }    # fmt: skip
 
 

@@ -179,23 +179,24 @@ def test_writable_folder(tmp_path, monkeypatch):
 
 def test_pick_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="'cuda' asked for, but PyTorch sees no CUDA device; use --device cpu"):
-        pick_device("cuda")
+    for name in ("cuda", "mps"):
+        with pytest.raises(UserError, match=f"'{name}' .* --device cpu"):
+            pick_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == pick_device("mps") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda")
     assert pick_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(UserError, match="'cuda:2' asked for, but there are only 2 CUDA devices"):
+    with pytest.raises(UserError, match="'cuda:2' .* only 2"):
         pick_device("cuda:2")
 
 
-@pytest.mark.parametrize("name, message", [
-    ("gpu", "unknown device 'gpu'; expected auto, cpu, cuda or cuda:N"), ("", "unknown device ''"),
-    ("cuda:x", "unknown device 'cuda:x'"), ("meta", "device 'meta' is not supported"), ("mps", "'mps' is not supported"),
-])
-def test_pick_device_refuses_others(name, message):
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta"])
+def test_pick_device_refuses_others(name):
+    with pytest.raises(UserError, match=f"'{name}' .*expected auto"):
         pick_device(name)
 
 
