@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import quantize
+from .precision import pick_precision
 
 FORMAT = "maskgit-inpainting"    # written into the metadata of weight files, so that foreign ones are recognised
 BUNDLED = "checkpoints/cat64.safetensors"
@@ -82,13 +83,14 @@ class ModelFiles:
             source: a .safetensors file of `save_file`, a folder of `save_pretrained`, or a name owner/name on the Hugging
                 Face hub; None: the weights that come with this project.
             device: where to put the model, e.g. 'cuda'; default: the CPU.
-            precision: 'fp32' or 'bf16', what completions are computed in if the call does not say it.
+            precision: what completions are computed in where the call does not say it: 'fp32', 'bf16' (faster where the
+                hardware multiplies in it) or 'auto', see `models.precision`; default: float32.
         Raises:
             ModelFileError: there is no such file or folder, it is truncated or of another kind, or its weights don't fit its
                 config.
         """
-        if precision not in (None, "fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        device = torch.device(device or "cpu")
+        precision = pick_precision(precision, device) if precision else None
         path, card = find(source)
         configs, weights = read_folder(path) if path.is_dir() else read_weights(path)
         try:
@@ -97,7 +99,7 @@ class ModelFiles:
         except (TypeError, ValueError, RuntimeError) as error:
             raise ModelFileError(f"checkpoint {path} does not fit its own config: {shorten(error)}") from error
         model.card, model.precision = card, precision
-        return model.eval().to(device or "cpu")
+        return model.eval().to(device)
 
     def save_file(self, path: str | Path, dtype: torch.dtype = torch.float16, eight_bit: bool = False, **notes: str) -> None:
         """Write one .safetensors file with the configs and `notes` in its metadata.

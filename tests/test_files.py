@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from models import MaskGIT
 from models.files import ModelFileError
+from models.precision import pick_precision
 
 VQGAN = dict(image_size=16, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1, decoder_channels=[16, 8, 8],
              decoder_blocks=[1, 1, 1])    # fmt: skip
@@ -86,6 +87,13 @@ def test_the_bundled_weights_are_the_default():
 def test_unknown_options_are_refused(options):
     with pytest.raises(TypeError, match=next(iter(options))):
         MaskGIT.from_pretrained(**options)
+
+
+def test_auto_is_a_precision_of_the_machine():
+    picked = MaskGIT.from_pretrained(precision="auto").precision
+    assert picked == pick_precision("auto", torch.device("cpu")) and picked in ("fp32", "bf16")
+    assert pick_precision("auto", torch.device("mps")) == "fp32"    # untried there
+    assert [pick_precision(name, torch.device("cpu")) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
 def test_an_unknown_precision_is_refused():
