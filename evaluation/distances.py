@@ -20,8 +20,8 @@ from utils import UserError, atomic_write
 
 MAX_SAVED_NUMBERS = 2**28    # features up to this many numbers (1 GB as float32) are saved beside mean and covariance
 FOLDS = 5                    # of the cross-validation of P-IDS and U-IDS
-# Weight of the SVM's errors. With fewer pictures than features it separates its training set at any weight; a small one takes
-# seconds instead of minutes, and tells held-out pictures apart as well.
+# Weight of the SVM's errors. With fewer pictures than features it separates its training set at any weight; a small weight
+# takes seconds instead of minutes, and tells held-out pictures apart as well.
 SVM_C = 1e-3
 
 

@@ -113,14 +113,14 @@ def inside_gradient(images: Tensor, hole: Tensor) -> Tensor:
 
 
 def summarise(columns: dict[str, Tensor], rows: Tensor | slice = slice(None)) -> dict[str, float]:
-    """Means of `paired_metrics`' columns over the chosen rows, with the names of `SUMMARY`.
+    """Means of `paired_metrics`' columns over the chosen rows, by the names of `SUMMARY`.
 
     Means are over pictures (the mean of PSNRs, not the PSNR of the mean error); a picture without a hole has no part in
     the hole's. known_changed is a share of all known pixels. seam and detail are ratios of two mean gradients, completed
     to original, across the hole's rim and inside the hole: 1 is best; above 1 an edge shows along the rim, or the hole is
     noisy; below 1 it is blurred.
     """
-    chosen = {name: values[rows] for name, values in columns.items()}
+    chosen = {name: values[rows] for name, values in columns.items() if values.ndim == 1}    # features are no metric
     mean = {name: values.nanmean() for name, values in chosen.items()}
     mean["known_changed"] = chosen["known_changed"].sum() / chosen["known_pixels"].sum()
     mean["seam"] = mean["rim_gradient"] / mean["rim_gradient_truth"]             # nan or inf where the originals are flat

@@ -77,8 +77,8 @@ def complete(model: MaskGIT, pictures: list[Picture], setting: Setting, args, sp
 def completions(model: MaskGIT, pictures: list[Picture], setting: Setting, args) -> Iterator[tuple[Picture, int, Tensor]]:
     """(picture, sweet spot, completion) for every picture and sweet spot of a setting.
 
-    Where all pictures have the model's size, one decode gives all sweet spots. Larger pictures are completed at several sizes
-    one after the other, each up to the sweet spot, so there each sweet spot takes a decode of its own.
+    Where all pictures have the model's size, one decode gives all sweet spots. Larger pictures are completed at several
+    sizes one after the other, each up to the sweet spot, so there each sweet spot takes a decode of its own.
     """
     spots, size = spots_of(setting, args), (model.image_size, model.image_size)
     if len(spots) > 1 and all(picture.image.shape[1:] == size for picture in pictures):

@@ -45,11 +45,11 @@ def score_name(rows: list[Row], chosen: str | None = None) -> str:
     """The column to draw: the chosen one, else the first that is a Fréchet distance, or a distance to the original."""
     if chosen is not None and chosen not in rows[0]:
         raise UserError(f"no column {chosen!r}; there are {', '.join(rows[0])}")
-    distances = (key for key in rows[0] if key.split()[-1] == "FID" or key.split()[-1].startswith("FD-"))
-    name = chosen or next((*distances, *(key for key in ("hole_perceptual", "hole_l1") if key in rows[0])), None)
-    if name is None:
+    found = [key for key in rows[0] if key.split()[-1] == "FID" or key.split()[-1].startswith("FD-")]
+    found += [key for key in ("hole_perceptual", "hole_l1") if key in rows[0]]
+    if not chosen and not found:
         raise UserError("no column FID or FD-...; name the score with --score")
-    return name
+    return chosen or found[0]
 
 
 def number(row: Row, column: str) -> float:

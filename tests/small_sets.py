@@ -1,0 +1,61 @@
+"""A small random model, feature networks that need no file, and folders of pictures, for the tests of the scores."""
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from evaluation import judge
+from evaluation.features import Features
+from models import MaskGIT
+from pictures.images import write_image
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(count: int, seed: int = 0, side: int = 24) -> Tensor:
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=rng(seed))
+
+
+def save_model(path: Path, size: int) -> Path:
+    """Random weights, pictures of size x size, tokens of 4x4 pixels."""
+    torch.manual_seed(0)
+    vqgan = dict(image_size=size, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
+                 decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1])    # fmt: skip
+    transformer = dict(codebook_size=32, seq_len=(size // 4) ** 2, embed_dim=16, depth=1, num_heads=2, mlp_dim=32,
+                       pre_norm=True, qk_norm=True, pixel_dim=64)    # fmt: skip
+    MaskGIT(vqgan, transformer).save_file(path, torch.float32)
+    return path
+
+
+def write_set(root: Path, count: int, side: int) -> Path:
+    """originals/, masked/ and masks/ (black = hole) with the pictures p0, p1, ...; each has a hole of its own."""
+    for i, image in enumerate(random_images(count, seed=1, side=side)):
+        hole = torch.zeros(1, side, side, dtype=torch.bool)
+        hole[:, side // 8 : side // 2 + i, side // 5 : side - 7] = True
+        write_image(root / "originals" / f"p{i}.png", image)
+        write_image(root / "masked" / f"p{i}.png", image.masked_fill(hole, 128))
+        write_image(root / "masks" / f"p{i}.png", torch.where(hole, 0, 255).to(torch.uint8).expand(3, -1, -1).clone())
+    return root
+
+
+def mean_colours(images: Tensor) -> Tensor:
+    """A feature network: the mean colour of each quarter, (B, 12)."""
+    return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+def weighted_l1(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
+    """A perceptual distance, (B,)."""
+    weight = torch.ones_like(a[:, :1]) if weight is None else weight
+    return ((a - b).abs().mean(1, keepdim=True) * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)
+
+
+@pytest.fixture
+def small_networks(monkeypatch) -> Features:
+    """--features colour and --perceptual-weights anything give these networks."""
+    network = Features("Colour", "0" * 64, 12, mean_colours, batch_size=3)
+    monkeypatch.setattr(judge, "load_features", lambda *args, **options: network)
+    monkeypatch.setattr(judge, "load_perceptual", lambda *args: weighted_l1)
+    return network
