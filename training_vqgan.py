@@ -20,6 +20,7 @@ from utils import run_cli
 
 def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__)
+    parser.add_argument("--init", metavar="FILE", help="begin from the VQGAN of this last.pt or model (default: at random)")
     add_shard_flags(parser)
     add_perceptual_flag(parser)
     args = parser.parse_args(argv)

@@ -1,11 +1,12 @@
-"""A run that was stopped or killed, and resumed, is the uninterrupted run, bit for bit."""
+"""A run that was stopped or killed, and resumed, is the uninterrupted run, bit for bit. Anything else is refused."""
+
 import os
 import random
-import re
 import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_runs import (
     STEPS,
     Child,
@@ -17,9 +18,11 @@ from tiny_runs import (
     run,
     succeed,
     wait_for_step,
-)  # fmt: skip
+    write_pictures,
+)
 
-from training.checkpoints import Progress, load_checkpoint, save_checkpoint
+import training.vqgan
+from training.checkpoints import load_checkpoint, save_checkpoint
 
 STAGES = ("vqgan", "transformer")
 
@@ -35,6 +38,12 @@ def whole(request, setting, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "whole"
     succeed(request.param, setting.argv(request.param, folder))
     return request.param, folder
+
+
+def refused(stage: str, argv: list[str], *words: str) -> None:
+    child = run(stage, argv)
+    assert child.code == 2 and len(child.errors) == 1, child.text[-2000:]
+    assert all(word in child.errors[0] for word in words), child.errors[0]
 
 
 def test_the_uninterrupted_run_does_all_that_a_resume_must_restore(whole):
@@ -87,7 +96,7 @@ def test_a_stop_request_ends_the_step_saves_and_says_so(whole, setting, tmp_path
     child.wait()
     assert child.code == code and child.errors == []
     step = metrics(tmp_path / "a")[-1]["step"]
-    assert f"stopped by signal {int(number)} after step {step}; continue with --resume auto" in child.text
+    assert f"after step {step}" in child.text and "--resume auto" in child.text
     assert checkpoint(tmp_path / "a", stage)["step"] == step < STEPS
     succeed(stage, setting.argv(stage, tmp_path / "a", "--resume", "auto"))
     assert_same_run(folder, tmp_path / "a", stage)
@@ -107,14 +116,15 @@ def test_resume_from_a_file_in_a_new_folder(whole, setting, tmp_path):
 def test_a_finished_run_has_nothing_left_to_do(whole, setting):
     stage, folder = whole
     before = (folder / "last.pt").read_bytes(), metrics(folder)
-    succeed(stage, setting.argv(stage, folder, "--resume", "auto"))
+    child = succeed(stage, setting.argv(stage, folder, "--resume", "auto"))
     assert ((folder / "last.pt").read_bytes(), metrics(folder)) == before
+    assert "finished" in child.text and "--init" in child.text    # how to train on
 
 
 def test_accumulation_may_change_on_the_way(whole, setting, tmp_path):
     """Other micro-batches, same batch: equal up to rounding. Dropout would draw other numbers, so it is off."""
     stage, _ = whole
-    off = ["--set", "transformer.dropout=0.0", "--set", "transformer.attention_dropout=0.0"]
+    off = ["--set", "transformer.dropout=0.0", "transformer.attention_dropout=0.0"]
     flags = ["--set", f"train_{stage}.precision=fp32", *(off if stage == "transformer" else [])]
     ends = []
     for accum in (1, 2, 4):
@@ -129,24 +139,65 @@ def test_accumulation_may_change_on_the_way(whole, setting, tmp_path):
 def test_what_is_no_continuation_is_refused(whole, setting):
     stage, folder = whole
     width = "encoder_width" if stage == "vqgan" else "mlp_dim"
-    for flags, sentence in (
-        ([], "holds a run already"),
-        (["--resume", "auto", "--learning-rate", "0.5"], "learning_rate is 0.5, the checkpoint was trained with"),
-        (["--resume", "auto", "--set", f"{stage}.{width}=8"], "is 8, the checkpoint was trained with"),
-        (["--resume", "nowhere.pt"], "nowhere.pt can't be read"),
+    before = (folder / "last.pt").read_bytes()
+    for flags, word in (
+        ([], "holds"),
+        (["--resume", "auto", "--learning-rate", "0.5"], "learning_rate"),
+        (["--resume", "auto", "--set", f"{stage}.{width}=8"], width),
+        (["--resume", "auto", "--epochs", "9"], "--init"),    # how to train on
+        (["--resume", "nowhere.pt"], "nowhere.pt"),
     ):
-        child = run(stage, setting.argv(stage, folder, *flags))
-        assert child.code == 2 and len(child.errors) == 1 and re.search(sentence, child.errors[0]), child.text
+        refused(stage, setting.argv(stage, folder, *flags), word)
+    assert (folder / "last.pt").read_bytes() == before
 
 
-def test_other_pictures_are_no_continuation(setting, tmp_path):
+def test_the_folder_of_another_stage_is_left_alone(setting, tmp_path):
+    """Stage 2 in stage 1's folder: nothing of it is touched, --vqgan or not, and --resume auto is not recommended."""
+    folder = tmp_path / "one"
+    succeed("vqgan", setting.argv("vqgan", folder, "--epochs", "1"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for vqgan in (folder / "last.pt", setting.vqgan):
+        for resume in ([], ["--resume", "auto"], ["--resume", str(folder / "last.pt")]):
+            argv = setting.argv("transformer", folder, *resume)
+            argv[argv.index("--vqgan") + 1] = str(vqgan)
+            refused("transformer", argv, str(folder))
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert not (folder / "tokens").exists()
+    refused("vqgan", setting.argv("vqgan", setting.train), "pictures")
+
+
+def test_another_set_of_as_many_pictures_is_no_continuation_unless_allowed(setting, tmp_path):
     run("vqgan", setting.argv("vqgan", tmp_path / "a"), kill_at(3))
-    child = run("vqgan", setting.argv("vqgan", tmp_path / "a", "--resume", "auto", train=setting.root / "val"))
-    assert child.code == 2 and "fewer than one batch" in child.text
-    args = setting.argv("vqgan", tmp_path / "a", "--resume", "auto")
-    args.insert(args.index("--train-dir") + 1, str(setting.root / "val"))
-    child = run("vqgan", args)
-    assert child.code == 2 and "the run began with 24 pictures, now there are 30" in child.errors[0]
+    argv = setting.argv("vqgan", tmp_path / "a", "--resume", "auto")
+    other = write_pictures(tmp_path / "other", 24, seed=5)
+    changed = [str(other) if x == str(setting.train) else x for x in argv]
+    refused("vqgan", changed, "training pictures", "--allow-changes")
+    refused("vqgan", [str(setting.train) if x == str(setting.root / "val") else x for x in argv], "validation pictures")
+    child = succeed("vqgan", [*changed, "--allow-changes"])
+    assert "other training pictures" in child.text
+
+
+def test_perceptual_weights_may_neither_come_nor_go(setting, tmp_path):
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    save_file(squeezenet1_1(weights=None).features.state_dict(), tmp_path / "features.safetensors")
+    real = training.vqgan.perceptual_network
+
+    def with_network():
+        training.vqgan.perceptual_network = real
+
+    def begin_and_resume(name, first, then):
+        argv = setting.argv("vqgan", tmp_path / name, "--epochs", "1", "--set", "vqgan.image_size=32")
+        weights = ["--perceptual-weights", str(tmp_path / "features.safetensors")]
+        succeed("vqgan", argv + weights * first, with_network if first else None)
+        before = (tmp_path / name / "last.pt").read_bytes()
+        child = run("vqgan", argv + ["--resume", "auto"] + weights * then, with_network if then else None)
+        assert child.code == 2 and "perceptual weights" in child.errors[0], child.text
+        assert (tmp_path / name / "last.pt").read_bytes() == before
+
+    begin_and_resume("with", True, False)
+    begin_and_resume("without", False, True)
 
 
 def test_another_vqgan_is_no_continuation(setting, tmp_path):
@@ -156,8 +207,7 @@ def test_another_vqgan_is_no_continuation(setting, tmp_path):
     state["ema"]["decoder.from_code.bias"] += 1    # same tokens, another decoder
     save_checkpoint(tmp_path / "other.pt", state)
     argv[argv.index("--vqgan") + 1] = str(tmp_path / "other.pt")
-    child = run("transformer", [*argv, "--resume", "auto"])
-    assert child.code == 2 and "trained with another VQGAN than --vqgan gives" in child.errors[0]
+    refused("transformer", [*argv, "--resume", "auto"], "--vqgan")
 
 
 def test_tokens_stay_frozen_after_a_resume(setting, tmp_path):
@@ -176,11 +226,9 @@ def test_tokens_stay_frozen_after_a_resume(setting, tmp_path):
 
 
 def test_the_older_checkpoint_format_is_read(setting, tmp_path):
-    """Checkpoints from before skipped steps and pictures were counted: without those keys."""
+    """Checkpoints from before skipped steps and the input were noted."""
     succeed("vqgan", setting.argv("vqgan", tmp_path / "a", "--epochs", "1"))
     state = checkpoint(tmp_path / "a", "vqgan")
-    del state["skipped"], state["pictures"]
-    save_checkpoint(tmp_path / "a" / "last.pt", state)
+    del state["skipped"], state["input"]
+    save_checkpoint(tmp_path / "a" / "last.pt", state | {"pictures": 24})
     succeed("vqgan", setting.argv("vqgan", tmp_path / "a", "--epochs", "1", "--resume", "auto"))
-    progress = Progress(pictures=24)
-    assert progress.skipped == 0 and progress.step == 0

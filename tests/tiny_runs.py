@@ -2,7 +2,6 @@
 
 A child is forked, not started anew: it has everything imported already, and what it breaks, it breaks for itself.
 """
-import contextlib
 import gc
 import json
 import os
@@ -11,7 +10,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,18 @@ import torch
 import torch.utils.tensorboard  # noqa: F401  here, so that not every child imports it
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
+import training.finish
+import training.transformer
+import training.vqgan
 import training_finish
 import training_transformer
 import training_vqgan
+from models.vqgan import VQGAN, VQGANConfig
 from training.checkpoints import load_checkpoint, save_checkpoint
-from training.processes import local_gradients
+from training.run import Run
 from utils import build_config, load_config, run_cli
 
 if not hasattr(os, "fork"):
@@ -44,7 +48,7 @@ vqgan: {image_size: 16, stride: 4, codebook_size: 32, codebook_dim: 4, encoder_w
         decoder_channels: [16, 8, 8], decoder_blocks: [1, 1, 1]}
 train_vqgan: {epochs: 4, batch_size: 8, accum_grad: 2, learning_rate: 1e-3, warmup_steps: 2, ema_decay: 0.9,
               restart_every: 2, adversarial_from: 0.4, freeze_tokens_from: 0.7, discriminator_channels: 8,
-              log_every: 1, save_every: 2, sample_every: 1, val_pictures: 5}
+              log_every: 1, save_every: 2, validate_every: 1, val_pictures: 5}
 transformer: {codebook_size: 32, seq_len: 16, embed_dim: 16, depth: 1, num_heads: 2, mlp_dim: 32, dropout: 0.1,
               attention_dropout: 0.1, pre_norm: true, qk_norm: true, pixel_dim: 64}
 train_transformer: {epochs: 4, batch_size: 8, accum_grad: 2, optimizer: muon, seed: 1, learning_rate: 0.2,
@@ -52,7 +56,10 @@ train_transformer: {epochs: 4, batch_size: 8, accum_grad: 2, optimizer: muon, se
                     sample_every: 2, val_pictures: 5}
 """
 STEPS = 12
-SCRIPTS = {"vqgan": training_vqgan, "transformer": training_transformer}
+SCRIPTS = {"vqgan": training_vqgan, "transformer": training_transformer, "finish": training_finish}
+STAGES = {"vqgan": training.vqgan, "transformer": training.transformer, "finish": training.finish}
+KINDS = {"vqgan": training.vqgan.VQGANRun.KIND, "transformer": training.transformer.TransformerRun.KIND,
+         "finish": training.finish.FinishRun.KIND}    # fmt: skip
 
 
 # ---- input ----
@@ -100,12 +107,36 @@ def make_setting(root: Path) -> Setting:
     write_pictures(setting.train, 24)
     write_pictures(root / "val", 6, seed=1)
     setting.config.write_text(CONFIG)
-    c = build_config(training_vqgan.VQGANConfig, load_config(setting.config)["vqgan"], "vqgan")
+    c = build_config(VQGANConfig, load_config(setting.config)["vqgan"], "vqgan")
     torch.manual_seed(0)
-    weights = training_vqgan.VQGAN(c).state_dict()
-    state = {"kind": training_vqgan.KIND, "step": 0, "config": {"vqgan": asdict(c)}, "ema": weights}
+    state = {"kind": KINDS["vqgan"], "step": 0, "config": {"vqgan": asdict(c)}, "ema": VQGAN(c).state_dict()}
     save_checkpoint(setting.vqgan, state)
     return setting
+
+
+def train_all(folder: Path) -> Path:
+    """Both stages and the finish with configs/tiny.yml, two epochs each, in this process.
+
+    In `folder`: pictures/, features.safetensors and second.safetensors (random perceptual networks), and the runs vqgan/,
+    maskgit/ and finish/.
+    """
+    import timm
+    from torchvision.models import squeezenet1_1
+
+    write_pictures(folder / "pictures", 16, size=32)
+    torch.manual_seed(0)
+    save_file(squeezenet1_1(weights=None).features.state_dict(), folder / "features.safetensors")
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), folder / "second.safetensors")
+    common = ["--config", "configs/tiny.yml", "--train-dir", folder / "pictures", "--val-dir", folder / "pictures"]
+    common += ["--epochs", "2", "--device", "cpu"]
+    weights = ["--perceptual-weights", folder / "features.safetensors"]
+    vqgan, model = ["--vqgan", folder / "vqgan/last.pt"], ["--model", folder / "maskgit/maskgit.safetensors"]
+    for script, output, *more in (
+        (training_vqgan, "vqgan", *weights), (training_transformer, "maskgit", *vqgan),
+        (training_finish, "finish", *vqgan, *model, *weights),
+    ):    # fmt: skip
+        assert script.main([str(x) for x in (*common, "--output-dir", folder / output, *more)]) == 0
+    return folder
 
 
 # ---- children ----
@@ -137,7 +168,7 @@ class Child:
                 for state in (AcceleratorState, GradientState, PartialState):    # what the parent has begun
                     state._shared_state.clear()
                 torch.set_num_threads(1)
-                training_vqgan.load_features = lambda *_: None    # no weights, no network
+                training.vqgan.perceptual_network = lambda *_: None    # no weights, no network
                 if before:
                     before()
                 run_cli(lambda: SCRIPTS[stage].main(argv))
@@ -211,16 +242,14 @@ def kill_at(micro_batch: int) -> Callable[[], None]:
     """For `before`: SIGKILL when the process begins its n-th micro-batch, counted from 0."""
 
     def patch() -> None:
-        real, seen = local_gradients, iter(range(1 << 30))
+        real, seen = Run.micro_batch, iter(range(1 << 30))
 
-        @contextlib.contextmanager
-        def counted(*args: Any) -> Iterator[None]:
+        def counted(*args: Any) -> Any:
             if next(seen) == micro_batch:
                 os.kill(os.getpid(), signal.SIGKILL)
-            with real(*args):
-                yield
+            return real(*args)
 
-        training_transformer.local_gradients = training_vqgan.local_gradients = training_finish.local_gradients = counted
+        Run.micro_batch = counted
 
     return patch
 
@@ -243,7 +272,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def checkpoint(folder: Path, stage: str, name: str = "last.pt") -> dict:
-    return load_checkpoint(folder / name, SCRIPTS[stage].KIND)
+    return load_checkpoint(folder / name, KINDS[stage])
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

@@ -97,9 +97,9 @@ def find_resume(folder: Path, wish: str | None, kind: str) -> dict[str, Any] | N
     found = sorted({path.name for pattern in WEIGHTS for path in folder.glob(pattern)})
     holds = f"{folder} holds {', '.join(found)}"
     if wish not in (None, "auto"):
+        state = load_checkpoint(wish, kind)
         if found and Path(wish).resolve().parent != folder.resolve():
             raise UserError(f"{holds} already; give another --output-dir, or --resume auto if this is the run to continue")
-        state = load_checkpoint(wish, kind)
     elif not found:
         if wish:
             print(f"notice: no checkpoint in {folder}, starting from the beginning", file=sys.stderr)
@@ -138,15 +138,18 @@ def newest(folder: Path, kind: str) -> tuple[dict[str, Any] | None, str]:
 FREE_KEYS = ("accum_grad", "log_every", "save_every")
 
 
-def check_same_config(saved: dict[str, dict], given: dict[str, dict]) -> None:
-    """A run continues with the config that it began with."""
+def check_same_config(saved: dict[str, dict], given: dict[str, dict], longer: str = "") -> None:
+    """A run continues with the config that it began with. `longer` says how to train on after its last epoch."""
     for section, values in given.items():
         for key, value in values.items():
             if section in saved and key not in saved[section]:
                 continue    # a key younger than the checkpoint
             before = saved.get(section, {}).get(key)
             if before != value and key not in FREE_KEYS:
-                raise UserError(f"can't resume: {section}.{key} is {value!r}, the checkpoint was trained with {before!r}")
+                hint = f". {longer}" if key == "epochs" else ""
+                raise UserError(
+                    f"can't resume: {section}.{key} is {value!r}, the checkpoint was trained with {before!r}{hint}"
+                )
 
 
 def check_same_input(saved: dict[str, str], given: dict[str, str], allowed: bool) -> None:
@@ -175,7 +178,7 @@ def resume_run(run: Run, state: dict[str, Any] | None, allow_changes: bool = Fal
     if state is None:
         return Progress()
     try:
-        check_same_config(state["config"], run.configs)
+        check_same_config(state["config"], run.configs, run.longer)
         check_same_input(state.get("input", {}), run.input, allow_changes)
         run.restore(state)
         return Progress(int(state["step"]), float(state["best"]), int(state.get("skipped", 0)))

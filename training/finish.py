@@ -94,6 +94,7 @@ def train(args: argparse.Namespace) -> int:
 @plain_dataclass
 class FinishRun(Run):
     KIND = "finish-training"
+    longer = "To train longer, begin a new run: --model its maskgit.safetensors, no --vqgan, another --output-dir"
 
     config: FinishConfig
     pictures: FolderPictures | ShardPictures | Windows

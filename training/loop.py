@@ -71,6 +71,8 @@ def training_loop(run: Run, folder: Path, progress: Progress, on_nan: str = "sto
         contextlib.closing(Logger(folder, progress.step, main)) as logger,
         tqdm(total=total * c.batch_size, initial=progress.step * c.batch_size, unit="img", disable=not main) as bar,
     ):
+        if main and progress.step == total:
+            print(f"notice: this run is finished. {run.longer}", file=sys.stderr)
         if main and progress.step == 0:
             save_last(folder, run.state() | asdict(progress))    # a disk that is too small shows now, not after hours
         while progress.step < total and not stopped:

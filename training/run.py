@@ -23,6 +23,7 @@ class Run:
     """
 
     KIND: ClassVar[str]             # of checkpoint
+    longer: ClassVar[str] = ""      # how to train on after the last epoch
 
     config: TrainConfig
     configs: dict[str, dict]        # all that the run was made from, for the checkpoint

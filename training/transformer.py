@@ -77,6 +77,7 @@ def train(args: argparse.Namespace) -> int:
 @plain_dataclass
 class TransformerRun(Run):
     KIND = "transformer-training"
+    longer = "To train longer, begin a new run from this one: --init its maskgit.safetensors, another --output-dir"
 
     config: TrainTransformerConfig
     pictures: TokenCache | Windows

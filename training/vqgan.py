@@ -26,9 +26,10 @@ from training.losses import hole_l1, hole_psnr, load_features, validation_holes,
 from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
 from training.options import load_sections
 from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures
+from training.processes import on_main
 from training.run import Run
 from training.speed import Ahead
-from training.weights import fingerprint_module
+from training.weights import fingerprint_module, trained_vqgan
 from utils import UserError, build_config, seeded
 
 
@@ -67,6 +68,7 @@ def train(args: argparse.Namespace) -> int:
 @plain_dataclass
 class VQGANRun(Run):
     KIND = "vqgan-training"
+    longer = "To train longer, begin a new run from this one: --init its last.pt, another --output-dir"
 
     config: TrainVQGANConfig
     pictures: FolderPictures | ShardPictures
@@ -114,7 +116,10 @@ def build_run(
     pictures = open_pictures(args, model_config.image_size, c, accelerator)
     val_images = load_folder(args.val_dir, model_config.image_size, args.bad_images)[: c.val_pictures]
     torch.manual_seed(c.seed)
-    vqgan = VQGAN(model_config).to(memory_format=torch.channels_last)
+    vqgan = VQGAN(model_config)
+    if args.init:
+        vqgan.load_state_dict(on_main(accelerator, lambda: trained_vqgan("--init", args.init, model_config)))
+    vqgan = vqgan.to(memory_format=torch.channels_last)
     discriminator = build_discriminator(c)
     ema = copy.deepcopy(vqgan).eval().requires_grad_(False).to(accelerator.device)
     features = perceptual_network(c, args.perceptual_weights)

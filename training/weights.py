@@ -26,6 +26,14 @@ def load_vqgan(path: str) -> VQGAN:
     return vqgan.eval().requires_grad_(False)
 
 
+def trained_vqgan(flag: str, path: str, config: VQGANConfig) -> dict[str, Tensor]:
+    """The weights of `load_vqgan` for a flag. The architecture must be that of `config`."""
+    vqgan = load_vqgan(path)
+    if vqgan.config != config:
+        raise UserError(f"{flag} {path} has another VQGAN, {asdict(vqgan.config)}; here it is {asdict(config)}")
+    return vqgan.state_dict()
+
+
 def fingerprint_module(*modules: nn.Module | None) -> str:
     """A short hash of weights; 'none' without a module."""
     weights = [x for module in modules if module is not None for x in module.state_dict().values()]
