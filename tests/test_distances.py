@@ -4,11 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_sets import mean_colours, rng
 from torch import Tensor
 
 from evaluation import distances
 from evaluation.distances import Moments, Statistics, frechet_distance, indistinguishable, kernel_distance
-from small_sets import mean_colours, rng
 from utils import UserError
 
 

@@ -103,7 +103,8 @@ def test_a_reference_gives_unpaired_distances_and_the_originals_own(folders, cap
     assert alone["scores"]["FD-Colour"] == found["scores"]["FD-Colour"] and alone["originals"] == {}
     assert not any("in the reference too" in note for note in found["notes"])
     shutil.copy(folders / "originals" / "p3.png", folders / "other")
-    assert any("1 of the originals" in note for note in report(paired(folders, "--reference", folders / "other"), folders)["notes"])
+    again = report(paired(folders, "--reference", folders / "other"), folders)
+    assert any("1 of the originals" in note for note in again["notes"])
 
 
 def test_saved_statistics_of_the_reference_give_the_same_scores(folders):
@@ -127,9 +128,8 @@ def test_two_pictures_have_no_kernel_distance(folders):
 
 
 def test_one_mask_serves_all_pictures(folders):
-    mask = folders / "masks" / "p0.png"
-    scores = report([*paired(folders, "--features", "none"), "--masks", str(mask)], folders)["scores"]
-    inverse = report([*paired(folders, "--features", "none"), "--masks", str(mask), "--mask-hole", "white"], folders)["scores"]
+    argv = [*paired(folders, "--features", "none"), "--masks", str(folders / "masks" / "p0.png")]
+    scores, inverse = (report([*argv, *more], folders)["scores"] for more in ((), ("--mask-hole", "white")))
     assert scores["hole_area"] + inverse["hole_area"] == pytest.approx(1) and inverse["known_changed"] > 0
 
 

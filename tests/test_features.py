@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from small_sets import random_images
 from torch import nn
 
 from evaluation.distances import frechet_distance
 from evaluation.features import Features, load_features
 from pictures.files import find_images
 from pictures.images import read_image, write_image
-from small_sets import random_images
 from utils import UserError
 
 # ---- Inception: a file of the official layout with random weights ----

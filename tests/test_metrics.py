@@ -4,10 +4,18 @@ import math
 import pytest
 import torch
 import torchvision
+from small_sets import random_images, rng, weighted_l1
 from torch import Tensor
 
-from evaluation.metrics import HOLE_BINS, by_hole_area, inside_gradient, load_perceptual, paired_metrics, rim_gradient, summarise
-from small_sets import random_images, rng, weighted_l1
+from evaluation.metrics import (
+    HOLE_BINS,
+    by_hole_area,
+    inside_gradient,
+    load_perceptual,
+    paired_metrics,
+    rim_gradient,
+    summarise,
+)
 from utils import UserError
 
 SIDE = 24

@@ -118,8 +118,8 @@ def test_a_reference_adds_unpaired_distances(folder, tmp_path):
 @pytest.mark.parametrize("options", [(), ("--features", "none"), ("--features", "none", "--perceptual-weights", "any")])
 def test_two_pictures_give_a_table_with_dashes(folder, tmp_path, options):
     """Too few for a kernel distance; without a network there is none at all."""
-    argv = arguments(folder, tmp_path, "--limit", "2", "--decoder", "halton", "--seeds", "0", "1", "--total-iter", "2", *options)
-    assert sweep.main(argv) == 0
+    argv = ("--limit", "2", "--decoder", "halton", "--seeds", "0", "1", "--total-iter", "2", *options)
+    assert sweep.main(arguments(folder, tmp_path, *argv)) == 0
     text = (tmp_path / "results.md").read_text()
     assert "nan" not in text and ("–" in text) != bool(options)
     assert (tmp_path / "score_over_total_iter.png").is_file()
@@ -215,7 +215,8 @@ def test_rounds_show_the_pictures_bit_for_bit(folder, tmp_path):
     def cell(row: int, column: int) -> np.ndarray:
         return drawn[3 + row * (SIDE + 3) :, left + column * (SIDE + 3) :][:SIDE, :SIDE]
 
-    original, hole = read_image(folder / "originals" / "p1.png").permute(1, 2, 0).numpy(), read_mask(folder / "masks" / "p1.png")
+    original = read_image(folder / "originals" / "p1.png").permute(1, 2, 0).numpy()
+    hole = read_mask(folder / "masks" / "p1.png")
     assert np.array_equal(cell(0, 0), original)
     for row in (1, 3):                                               # cosine, its masks, linear, its masks
         for column in range(1, 5):
@@ -278,8 +279,8 @@ def test_pictures_that_do_not_fit_are_refused(folder, tmp_path):
     assert "has a hole" in refused([*common, "--images", originals, "--masks", white])
     write_image(tmp_path / "truth" / "p0.png", torch.zeros(3, SIDE, SIDE, dtype=torch.uint8))
     assert "p1" in refused([*common, "--images", masked, "--masks", masks, "--ground-truth", tmp_path / "truth"])
-    common[3] = masked
-    assert "which this command reads" in refused([*common, "--images", masked, "--masks", masks, "--ground-truth", originals])
+    pictures = ["--images", masked, "--masks", masks, "--ground-truth", originals]
+    assert "which this command reads" in refused([*common, *pictures, "--output", masked])
 
 
 def test_missing_matplotlib_is_told_before_the_work(folder, tmp_path, monkeypatch):
