@@ -149,11 +149,28 @@ def _match_stripped(first: list[str], second: list[str], words: tuple[str, str])
             match = {name: right[rest] for rest, name in left.items()}
             if match not in matches:
                 matches.append(match)
+    if not matches:
+        return None
+    name, others = _contradiction(matches[0])
     if len(matches) > 1:
         name = next(name for name in first if matches[0][name] != matches[1][name])
-        raise UserError(f"{words[0]} {name} may belong to {words[1]} {matches[0][name]} or {matches[1][name]}; "
-                        f"give each {words[1]} the name of its {words[0]}")
-    return matches[0] if matches else None
+        others = [match[name] for match in matches]
+    if name:
+        raise UserError(f"{' and '.join(words)} don't pair by their names: {name} may belong to {' or to '.join(others)}; "
+                        f"give each {words[1]} the name of its {words[0]}")    # fmt: skip
+    return matches[0]
+
+
+def _contradiction(match: dict[str, str]) -> tuple[str, list[str]]:
+    """A name that begins or ends with the whole name of another than its partner (cat_1 beside cat), and the two."""
+    for way in (match, {b: a for a, b in match.items()}):
+        bases = {PurePosixPath(name).name: name for name in way}
+        for partner, name in ((PurePosixPath(a).name, b) for a, b in way.items()):
+            base = PurePosixPath(name).name
+            parts = {part for i in range(1, len(base)) for part in (base[:i], base[i:])} & bases.keys()
+            if parts and partner not in parts:
+                return name, [bases[min(parts)], bases[partner]]
+    return "", []
 
 
 def _stripped(names: list[str]) -> list[dict[str, str]]:

@@ -6,9 +6,10 @@ import re
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +84,24 @@ class ShardStream(IterableDataset):
             block, offset = block + 1, 0
 
     def _decode(self, sample: dict) -> Tensor:
-        name = f"{sample['__key__']} of {sample['__url__']}"
-        data = next((value for key, value in sample.items() if f".{key}" in SUFFIXES), None)
-        if data is None:
-            fields = sorted(key for key in sample if not key.startswith("_"))
-            raise UserError(f"sample {name} holds no picture; its fields are {', '.join(fields)}")
-        return read_square(io.BytesIO(data), self.size, name)
+        key, shard = sample["__key__"], sample["__url__"]
+        fields = sorted(name for name in sample if not name.startswith("_"))
+        return read_square(io.BytesIO(sample[picture_field(key, fields, shard)]), self.size, f"{key} of {shard}")
+
+
+def picture_field(key: str, fields: list[str], shard: str) -> str:
+    """The field of a sample that holds its picture. A sample is the files that share a name up to its first dot."""
+    found = [field for field in fields if f".{field.lower()}".endswith(tuple(SUFFIXES))]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(f"sample {key} of {shard} holds no picture; its fields are {', '.join(fields)}")
+    files = " and ".join(f"{key}.{field}" for field in found[:2])
+    if all("." in field for field in found):
+        problem = f"share the name {key} up to its first dot, which makes them one sample: rename them"
+    else:
+        problem = f"are pictures of one sample, {key}, and which one to train on is not said: leave one"
+    raise UserError(f"{files} in {shard} {problem}, or pack the pictures with python -m tools.dataset shards")
 
 
 def open_shards(pattern: str, size: int, *, batch_size: int = 1, seed: int | None = 0, epoch: int = 0, rank: int = 0,
@@ -167,20 +180,20 @@ def write_shards(files: list[Path], folder: Path, names: list[str], size: int, s
 
 def is_shards(path: str) -> bool:
     """Whether --train-dir names WebDataset shards rather than a folder."""
-    return path.endswith(".tar") or path.startswith("pipe:") or "://" in path
+    return bool(re.search(r"\.(tar(\.\w+)?|tgz)$", path)) or path.startswith("pipe:") or "://" in path
 
 
 def count_pictures(shard: str) -> int:
     """Samples in a tar file, from its headers alone: consecutive files that share a name up to the first dot."""
     if shard.startswith("pipe:") or "://" in shard:
         raise UserError(f"the pictures in {shard} can't be counted here; give their number with --train-pictures")
-    count, last = 0, None
     try:
         with tarfile.open(shard) as file:
-            for member in file:
-                name = re.match(r"((?:.*/|)[^.]+)[.][^/]*$", member.name)
-                if member.isfile() and name and name[1] != last:
-                    count, last = count + 1, name[1]
-    except (OSError, tarfile.TarError) as error:
+            names = [re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", member.name) for member in file if member.isfile()]
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(f"shard {shard} can't be read: {error}") from error
+    count = 0
+    for key, files in groupby(filter(None, names), key=lambda name: name[1]):
+        picture_field(key, [name[2] for name in files], shard)
+        count += 1
     return count

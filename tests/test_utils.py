@@ -196,7 +196,7 @@ def test_pick_device(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta"])
 def test_pick_device_refuses_others(name):
-    with pytest.raises(UserError, match=f"'{name}' .*expected auto"):
+    with pytest.raises(UserError, match=f"'{name}'.*expected auto"):
         pick_device(name)
 
 
