@@ -261,10 +261,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     from models import MaskGIT
+    from models.precision import pick_precision
 
     check_args(args)
     device = pick_device(args.device)
-    precision = "fp32" if args.precision == "auto" else args.precision
+    precision = pick_precision(args.precision, device)
     pairs = find_pairs(args)
     groups = [(MaskGIT.from_pretrained(path, device=device), part) for path, part in by_checkpoint(pairs, args).items()]
     if args.compile:

@@ -14,9 +14,7 @@ import training_finish
 import training_transformer
 import training_vqgan
 from models.maskgit import MaskGIT
-from pictures.images import read_image, write_image
-from pictures.masks import read_mask
-from tools import generate
+from pictures.images import write_image
 from training.checkpoints import load_checkpoint
 from training.options import load_sections, with_flags
 from training.pictures_by_step import FolderPictures
@@ -434,22 +432,3 @@ def test_stage_2_starts_from_a_finished_model_without_its_context(runs):
     assert vqgan.config.context_dim == 0 and vqgan.decoder.from_context is None
 
 
-def test_generate_depends_on_the_seed_alone(runs, tmp_path):
-    checkpoint = ["--checkpoint", runs / "maskgit/maskgit.safetensors", "--device", "cpu", "--total-iter", "3"]
-    run(generate, *checkpoint, "--output", tmp_path / "a", "--count", "5", "--batch-size", "2", "--holes")
-    run(generate, *checkpoint, "--output", tmp_path / "b", "--seeds", "3", "1")
-    made = {p.stem: read_image(p) for p in (tmp_path / "a/images").iterdir()}
-    assert sorted(made) == [f"cat_{i:05d}" for i in range(5)]
-    assert not torch.equal(made["cat_00000"], made["cat_00001"])
-    for seed in (3, 1):
-        assert torch.equal(made[f"cat_{seed:05d}"], read_image(tmp_path / f"b/images/cat_{seed:05d}.png"))
-        hole = read_mask(tmp_path / f"a/masks/cat_{seed:05d}.png")
-        assert hole.any() and not hole.all()
-
-
-@pytest.mark.parametrize(
-    ("flags", "word"), [(["--count", "0"], "--count"), (["--checkpoint", "none.safetensors"], "not found")]
-)
-def test_generate_refuses_in_a_sentence(runs, tmp_path, flags, word):
-    argv = ["--checkpoint", runs / "maskgit/maskgit.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
-    assert word in refused(generate, *argv, *flags)
