@@ -23,7 +23,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RUN = {"inpainting", "evaluate", "tools.dataset", "tools.figures", "tools.generate"}
 UNLESS = {"--num-samples", "FILE.onnx", "FILE.npz", "inception"}    # takes long, or needs a file that is not here
 SMALL = ["--checkpoint", "tiny.safetensors"]
-QUICK = {"inpainting": [*SMALL, "--total-iter", "1"], "tools.generate": SMALL}
+QUICK = {"inpainting": [*SMALL, "--total-iter", "1", "--sweet-spot", "1"], "tools.generate": SMALL}
 NOT_RUN = re.compile(r"^<!-- not run: [^\n]*\n```.*?^```", re.MULTILINE | re.DOTALL)    # needs what a test lacks
 
 
@@ -50,22 +50,24 @@ def shell_commands(path: Path) -> list[tuple[str, list[str]]]:
     return [command for line in lines for command in commands(shlex.split(line, comments=True))]
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory) -> Path:
+@pytest.fixture
+def reader(tmp_path, monkeypatch) -> Path:
     """The folder of somebody who reads: the repository's files, some pictures under the documents' names, a small model."""
-    folder = tmp_path_factory.mktemp("reader")
-    for name in ("samples", "checkpoints", "configs", "docs"):
-        shutil.copytree(ROOT / name, folder / name)
-    some = sorted((ROOT / "samples/images").iterdir())[:4]
-    for name in ("TRAIN", "VAL", "TEST", "PICTURES", "ORIGINALS", "MASKED", "MASKS", "VALMASKS"):
-        (folder / name).mkdir()
-        for path in some:
+    monkeypatch.chdir(tmp_path)
+    for name in ("samples", "checkpoints", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "docs", "docs")
+    samples = sorted((ROOT / "samples/images").iterdir())
+    few = {"TRAIN": samples[:4], "VAL": samples[4:6], "VALMASKS": samples[4:6], "TEST": samples[6:8]}
+    for name, paths in (few | dict.fromkeys(("PICTURES", "ORIGINALS", "MASKED", "MASKS"), samples[8:])).items():
+        (tmp_path / name).mkdir()
+        for path in paths:
             source = ROOT / "samples/masks" / path.name if "MASKS" in name else path
-            shutil.copy(source, folder / name / path.name)
+            shutil.copy(source, tmp_path / name / path.name)
     torch.manual_seed(0)
     sections = utils.load_config(ROOT / "configs/tiny.yml")
-    models.MaskGIT(sections["vqgan"], sections["transformer"]).save_file(folder / "tiny.safetensors")
-    return folder
+    models.MaskGIT(sections["vqgan"], sections["transformer"]).save_file("tiny.safetensors")
+    return tmp_path
 
 
 def parse(module: str, arguments: list[str]) -> None:
@@ -85,8 +87,7 @@ def parse(module: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_commands_run(path, reader, monkeypatch):
-    monkeypatch.chdir(reader)
+def test_commands_run(path, reader):
     for module, arguments in shell_commands(path):
         try:
             parse(module, arguments)
@@ -100,7 +101,6 @@ def test_commands_run(path, reader, monkeypatch):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_python_blocks_run(path, reader, monkeypatch):
-    monkeypatch.chdir(reader)
     monkeypatch.setitem(sys.modules, "maskgit_inpainting", models)    # the name under which it is installed
     scope: dict = {}    # the blocks of a document follow each other
     for language, block in FENCE.findall(NOT_RUN.sub("", path.read_text())):
