@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_sets import save_model
 
 import inpainting
 from models.maskgit import MaskGIT
@@ -12,7 +13,7 @@ from models.transformer import Block, TransformerConfig
 from models.vqgan import VQGANConfig
 from pictures.images import read_image, write_image
 from pictures.masks import read_mask
-from utils import run_cli
+from utils import Parser, run_cli
 
 SIZE = 16
 
@@ -301,6 +302,110 @@ def test_every_kind_of_picture_is_taken(checkpoint, tmp_path, mode):
     write_mask(tmp_path / "masks" / "a.png", hole)
     result, known = run(checkpoint, tmp_path)["a"], ~hole.expand(3, -1, -1)
     assert torch.equal(result[known], read_image(path)[known])
+
+
+# ---- folders and files of all kinds ----
+
+
+def tree(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("flags", [
+    ["--output", "."],                                                      # writes images/
+    ["--output", ".", "--images", "images/cat_0.png"],                      # one file of the folder that is written into
+    ["--output", "link"], ["--output", "images/../"],
+    ["--output", ".", "--images", "pictures", "--save-steps"],              # writes masks/
+    ["--output", "other"],                                                  # other/images is a link to images
+    ["--output", "hard"],                                                   # hard/images holds hard links
+])
+def test_an_output_that_is_an_input_is_refused(checkpoint, folders, capsys, monkeypatch, flags):
+    (folders / "link").symlink_to(folders)
+    for name in ("other", "hard/images"):
+        (folders / name).mkdir(parents=True)
+    (folders / "other/images").symlink_to(folders / "images")
+    for file in (folders / "images").iterdir():
+        (folders / "hard/images" / file.name).hardlink_to(file)
+    if "pictures" in flags:
+        (folders / "images").rename(folders / "pictures")
+    monkeypatch.chdir(folders)
+    before = tree(folders)
+    code, err = exit_code(["--checkpoint", checkpoint, "--images", "images", "--masks", "masks", *flags], capsys)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "output" in err
+    assert tree(folders) == before
+
+
+def test_subfolders_are_read_and_kept_and_results_are_no_inputs(checkpoint, folders):
+    for kind in ("images", "masks"):
+        (folders / kind / "deep/er").mkdir(parents=True)
+        (folders / kind / "cat_1.png").rename(folders / kind / "deep/er/cat_1.png")
+    (folders / "masks").rename(folders / "images/holes")                    # masks and results inside the pictures' folder
+    for _ in range(2):
+        argv = ["--images", folders / "images", "--masks", folders / "images/holes", "--output", folders / "images/out"]
+        assert inpainting.main([str(a) for a in ["--checkpoint", checkpoint, *argv, "--device", "cpu"]]) == 0
+    made = folders / "images/out/images"
+    assert sorted(str(p.relative_to(made)) for p in made.rglob("*.png")) == [
+        "cat_0.png", "cat_2.png", "cat_3.png", "cat_4.png", "deep/er/cat_1.png"]
+
+
+def test_names_that_are_long_or_no_utf_8(checkpoint, tmp_path, capsys):
+    hole = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    hole[:, 4:9, 4:9] = True
+    for stem in ("n" * 251, os.fsdecode(b"caf\xe9")):
+        write_image(tmp_path / "images" / f"{stem}.png", picture(0))
+        write_mask(tmp_path / "masks" / f"{stem}.png", hole)
+    assert len(run(checkpoint, tmp_path)) == 2
+    argv = ["--checkpoint", checkpoint, "--images", tmp_path / "images", "--masks", tmp_path / "masks", "--num-samples", "2"]
+    code, err = exit_code([*argv, "--output", tmp_path / "two"], capsys)
+    assert code == 2 and "255 bytes" in err and not (tmp_path / "two").exists()
+
+
+def test_a_large_set_is_read_while_it_is_completed(checkpoint, folders, monkeypatch, capsys):
+    whole = run(checkpoint, folders, out="a")
+    monkeypatch.setattr(inpainting, "AT_ONCE", 2 * SIZE**2)
+    ahead = run(checkpoint, folders, "--batch-size", "1", out="b")
+    assert all(torch.equal(whole[name], ahead[name]) for name in whole)
+    bad = folders / "images/cat_4.png"
+    bad.write_bytes(bad.read_bytes()[:-30])                                 # found when four are written already
+    argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks", "--batch-size", "1"]
+    code, err = exit_code([*argv, "--output", folders / "c", "--device", "cpu"], capsys)
+    assert code == 1 and "cat_4.png" in err and "4 picture(s) are completed" in err
+    assert len(list((folders / "c/images").iterdir())) == 4
+
+
+def test_a_photograph_gets_the_model_for_photographs(folders, tmp_path, monkeypatch, capsys):
+    (tmp_path / "models").mkdir()
+    for name, size in (("cat64", SIZE), ("photo", 2 * SIZE)):
+        save_model(tmp_path / "models" / f"{name}.safetensors", size)
+    monkeypatch.setattr(inpainting, "CHECKPOINTS", tmp_path / "models")
+    monkeypatch.setattr(inpainting, "SMALL", (SIZE, SIZE))
+    write_image(folders / "images/large.png", picture(9, 20, 40))
+    hole = torch.zeros(1, 20, 40, dtype=torch.bool)
+    hole[:, 4:9, 4:9] = True
+    write_mask(folders / "masks/large.png", hole)
+    common = ["--images", folders / "images", "--masks", folders / "masks", "--device", "cpu"]
+    for output, more in (("mixed", []), ("cat", ["--checkpoint", tmp_path / "models/cat64.safetensors"]),
+                         ("photo", ["--checkpoint", tmp_path / "models/photo.safetensors"])):
+        assert inpainting.main([str(a) for a in [*common, *more, "--output", folders / output]]) == 0
+        assert ("photo.safetensors" in capsys.readouterr().err) == (output == "mixed")
+    made = {output: tree(folders / output / "images") for output in ("mixed", "cat", "photo")}
+    assert made["mixed"]["large.png"] == made["photo"]["large.png"] != made["cat"]["large.png"]
+    assert made["mixed"]["cat_0.png"] == made["cat"]["cat_0.png"] != made["photo"]["cat_0.png"]
+
+
+def test_rounds_by_need_are_told_with_speed_and_precision(checkpoint, folders, capsys):
+    run(checkpoint, folders, "--max-iter", "3")
+    said = capsys.readouterr().out
+    rounds = float(said.split(" rounds")[0].split(", ")[-1])
+    assert 1 <= rounds <= 3 and "pictures/s" in said and "fp32" in said
+    run(checkpoint, folders, "--total-iter", "5")
+    assert " 5.0 rounds" in capsys.readouterr().out
+
+
+def test_black_and_white_can_be_given_the_wrong_way_round(checkpoint, folders, capsys):
+    Parser().parse_args([])
+    run(checkpoint, folders, "--mask-hole", "white")
+    assert "--mask-hole black" in capsys.readouterr().err
 
 
 def test_interrupt_has_its_exit_code(capsys, monkeypatch):
