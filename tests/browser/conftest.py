@@ -21,7 +21,7 @@ from models import MaskGIT
 from utils import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 300    # seconds for whatever takes a moment; a busy machine takes longer
+PATIENCE = 120    # seconds for whatever takes a moment; a busy machine takes longer
 MAX_PIXELS, MAX_MEGABYTES = 4_000_000, 2
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -27,7 +27,7 @@ def far_and_near(height: int, width: int, stroke: list[tuple[float, float]], can
     return distance > 1.35 * BRUSH + canvas[0] / width, distance < 0.6 * BRUSH
 
 
-@pytest.mark.parametrize(("size", "canvas"), [((200, 260), (512, 394)), ((700, 1200), (1200, 700))])
+@pytest.mark.parametrize(("size", "canvas"), [((200, 260), (512, 394)), ((600, 1000), (1000, 600))])
 def test_paint_a_hole_into_an_upload_and_download_the_completion(visit, size, canvas):
     seen, upload = visit(), noise(*size, 7)
     seen.upload("my cat.png", png(upload))

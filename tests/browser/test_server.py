@@ -1,15 +1,23 @@
 """What the server gives to those who ask it directly: the page, and nothing else of the machine."""
 
+import contextlib
+import http.client
+import http.server
 import json
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import noise, png, running
+from PIL import Image
 
 pytestmark = pytest.mark.browser
 
@@ -106,6 +114,100 @@ def test_a_port_in_use_is_one_sentence(server):
     run = subprocess.run([sys.executable, "-m", "demo", *flags], cwd=root, capture_output=True, text=True, timeout=300)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith(f"error: can't listen at 127.0.0.1:{server.port}: in use")
+
+
+# ---- programs that call the page's completion ----
+
+
+@pytest.fixture
+def client(server, tmp_path):
+    return connect(server.url, tmp_path)
+
+
+def connect(url: str, folder: Path):
+    return pytest.importorskip("gradio_client").Client(url, verbose=False, download_files=folder)
+
+
+def ask(client, folder: Path, image: np.ndarray, mask: np.ndarray, **options) -> np.ndarray:
+    from gradio_client import handle_file
+
+    for name, array in (("image", image), ("mask", mask)):
+        (folder / f"{name}.png").write_bytes(png(array))
+    files = {name: handle_file(str(folder / f"{name}.png")) for name in ("image", "mask")}
+    return np.asarray(Image.open(client.predict(**files, **options, api_name="/complete")))
+
+
+def white_hole(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[10:20, 5:30] = 255
+    return mask
+
+
+def test_a_program_completes_a_picture(client, tmp_path):
+    image, mask = noise(50, 40), white_hole(50, 40)
+    first, again = (ask(client, tmp_path, image, mask, seed=3) for _ in range(2))
+    other = ask(client, tmp_path, image, 255 - mask, seed=4, hole="black", total_iter=2)
+    assert first.shape == image.shape and np.array_equal(first, again)
+    for completed in (first, other):
+        assert np.array_equal(completed[mask == 0], image[mask == 0])
+        assert (completed[mask == 255] != image[mask == 255]).any(1).mean() > 0.9
+    assert not np.array_equal(first, other)
+    described = client.view_api(return_format="dict")["named_endpoints"]
+    assert list(described) == ["/complete"] and "white parts are the hole" in described["/complete"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"mask": white_hole(50, 50)}, "same size"), ({"mask": white_hole(50, 40) * 0}, "Nothing is painted"),
+     ({"image": noise(2100, 2000) * 0}, "4,000,000"), ({"total_iter": 31}, "30 rounds"), ({"seed": -1}, "seed")],
+)    # fmt: skip
+def test_a_program_is_refused_what_the_page_refuses(client, tmp_path, changes, word):
+    arguments = {"image": noise(50, 40), "mask": white_hole(50, 40)} | changes
+    with pytest.raises(Exception, match=word):
+        ask(client, tmp_path, **arguments)
+
+
+@contextlib.contextmanager
+def behind_a_sub_path(port: int, path: str) -> Iterator[str]:
+    """A proxy that passes `path`/... on to the server at a port, without `path`."""
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not self.path.startswith(path):
+                self.send_error(404)
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            upstream.request(self.command, self.path.removeprefix(path) or "/", body, dict(self.headers))
+            answer = upstream.getresponse()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            self.end_headers()
+            while part := answer.read1(65536):
+                self.wfile.write(part)
+                self.wfile.flush()
+
+        do_POST = do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}{path}/"
+        proxy.shutdown()
+
+
+def test_behind_a_proxy_with_a_sub_path(folder, tmp_path):
+    with running(folder, "--root-path", "/paint") as server, behind_a_sub_path(server.port, "/paint") as url:
+        status, page = get(url)
+        config = json.loads(get(f"{url}config")[1])
+        assert status == 200 and b"MaskGIT inpainting" in page and config["root"].endswith("/paint")
+        image, mask = noise(50, 40), white_hole(50, 40)
+        completed = ask(connect(url, tmp_path), tmp_path, image, mask)
+        assert np.array_equal(completed[mask == 0], image[mask == 0])
 
 
 def test_it_reports_to_nobody(server):
