@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from evaluation.flags import add_score_flags
-from utils import Parser, UserError, atomic_write, progress, run_cli, writable_folder
+from utils import Parser, UserError, atomic_write, notice, progress, run_cli, writable_folder
 
 PACKAGES = ("torch", "torchvision", "numpy", "torchmetrics", "pytorch-fid", "onnxruntime", "pillow", "scikit-learn")
 PAIRED = {"psnr": "PSNR dB", "ssim": "SSIM", "l1": "L1", "perceptual": "perceptual"}    # columns of the table of pairs
@@ -42,7 +42,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other, before any work."""
+    """Refuse flags that contradict each other, before any work. A folder of inpainting.py is replaced by its images/."""
+    from pictures.files import refuse_overwriting
+
+    if (args.predicted / "images").is_dir():
+        args.predicted /= "images"
+        notice(f"scoring the pictures in {args.predicted}")
     if args.ground_truth is None and args.reference is None:
         raise UserError("nothing to compare with: give --reference (other pictures) or --ground-truth (the originals)")
     if args.masks is not None and args.ground_truth is None:
@@ -55,7 +60,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--save-statistics keeps the statistics of a folder: give it as --reference DIR")
     if args.kid_subsets < 1:
         raise UserError(f"--kid-subsets must be at least 1, got {args.kid_subsets}")
-    for path in filter(None, (args.json, args.save_statistics)):
+    outputs = [path for path in (args.json, args.save_statistics) if path is not None]
+    refuse_overwriting(filter(None, (args.predicted, args.ground_truth, args.masks, args.reference)), outputs)
+    for path in outputs:
         writable_folder(path.parent)
 
 

@@ -3,26 +3,38 @@ import torch
 from torch import Tensor
 
 from models import MaskGIT
-from models.convert import finish, shrink
+from models.completion import Filled, cut_windows, write_block
+from models.levels import Region, make_levels
+
+BATCH = 16    # windows decoded together
 
 
 @torch.no_grad()
 def reconstruct(model: MaskGIT, image: Tensor, hole: Tensor, known: bool = True, paste: bool = True) -> Tensor:
-    """Encode a clean picture with nothing hidden, and decode its tokens.
+    """Encode a clean picture with nothing hidden, and decode its tokens, in windows where it is larger than the model's.
 
     Args:
-        image: uint8 (3, H, W) of any size; it is resized to the model's.
+        image: uint8 (3, H, W) of any size.
         hole: bool (1, H, W).
         known: show the known pixels and the hole to the decoder, where it takes them.
         paste: put the known pixels back.
     Returns:
         uint8 (3, H, W).
     """
-    whole, _ = shrink(image, torch.zeros_like(hole), model.image_size)                    # (1, 3, size, size)
-    tokens = model.vqgan.encode(whole.to(model.device))                                   # (1, N)
-    if known:
-        small, small_hole = (x.to(model.device) for x in shrink(image, hole, model.image_size))
-        decoded = model.decode(tokens, small.masked_fill(small_hole.bool(), 0), small_hole)
-    else:
-        decoded = model.vqgan.decode(tokens).float().clamp(-1, 1)
-    return finish(decoded[0].cpu(), image, hole, paste)
+    stride, (H, W) = model.vqgan.config.stride, hole.shape[1:]
+    [level] = make_levels(image, hole, 1, model.image_size, stride)
+    block = Region(0, level.hole.shape[1] // stride, 0, level.hole.shape[2] // stride)
+    part = cut_windows(model, level, block, None, 0, 1, everything=not paste)
+    if part is None:    # no hole
+        return image
+    decoded = []
+    for windows, masks in zip(part.image.split(BATCH), part.mask.split(BATCH), strict=True):
+        windows, masks = windows.to(model.device), masks.to(model.device)
+        tokens = model.vqgan.encode(windows)                                              # (B, N)
+        if known:
+            decoded.append(model.decode(tokens, windows.masked_fill(masks, 0), masks.to(windows.dtype)).cpu())
+        else:
+            decoded.append(model.vqgan.decode(tokens).float().clamp(-1, 1).cpu())
+    write_block(level, block, part, Filled([torch.cat(decoded)], [], 0), stride, everything=not paste)
+    completed = level.pixels[:, :H, :W]
+    return torch.where(hole, completed, image) if paste else completed

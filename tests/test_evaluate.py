@@ -112,6 +112,15 @@ def test_saved_statistics_of_the_reference_give_the_same_scores(folders):
     assert report(arguments(folders, "--reference", folders / "o.npz"), folders)["scores"] == first["scores"]
 
 
+def test_the_images_of_inpaintings_output_are_scored(folders):
+    plain = report(arguments(folders, "--reference", folders / "other"), folders)
+    (folders / "pred").rename(folders / "x")
+    (folders / "pred").mkdir()
+    (folders / "x").rename(folders / "pred" / "images")
+    write_image(folders / "pred" / "steps" / "p0.png", torch.zeros(3, SIDE, SIDE, dtype=torch.uint8))
+    assert report(arguments(folders, "--reference", folders / "other"), folders)["scores"] == plain["scores"]
+
+
 def test_equal_folders_and_no_network(folders):
     argv = paired(folders, "--features", "none")
     argv[1] = str(folders / "originals")
@@ -200,6 +209,7 @@ def test_other_sizes_are_refused_by_name(folders):
     (["--reference", "other", "--json", f"{__file__}/scores.json"], "is not writable"),
     (["--reference", "other", "--device", "gpu"], "unknown device"),
     (["--reference", "nowhere"], "does not exist"),
+    (["--reference", "other", "--json", "pred/scores.json"], "which this command reads"),
     (["--reference", "nowhere.npz"], "no such file"),
 ])
 def test_flags_that_cannot_be_honoured_are_refused(folders, monkeypatch, more, words):

@@ -40,9 +40,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def draw_grid(args: argparse.Namespace) -> None:
     """A row for each folder, a column for each picture."""
     from evaluation.grids import write_grid
-    from pictures.files import find_images
+    from pictures.files import find_images, refuse_overwriting
     from pictures.images import read_image
 
+    refuse_overwriting(args.rows, [args.output])
     labels = args.labels or [folder.name for folder in args.rows]
     if len(labels) != len(args.rows):
         raise UserError(f"{len(args.rows)} --rows need as many --labels, got {len(labels)}")
