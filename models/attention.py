@@ -4,17 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .norms import HeadNorm
+
 LEVELS = 2**16    # on a CPU `dropout` rounds the share to 1 / LEVELS
 MURMUR = (0x85EBCA6B, 0xC2B2AE35)    # multipliers of MurmurHash3's finalizer
-
-
-class HeadNorm(nn.RMSNorm):
-    """RMS norm over the channels of a head, in the precision of its input: the fast attention kernel takes one precision."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.onnx.is_in_onnx_export():    # which has no such operation
-            return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt() * self.weight
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class MultiHeadAttention(nn.Module):

@@ -4,14 +4,12 @@ Residual blocks with GroupNorm and Swish, self-attention at one resolution. Thro
 field each output depends on the whole picture; `models/local_autoencoder.py` is the pair where it does not.
 """
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .norms import GroupNorm
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+EPS = 1e-6    # of every norm
 
 
 class ResidualBlock(nn.Module):
@@ -20,8 +18,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            group_norm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1),
-            group_norm(out_channels), nn.SiLU(), nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            GroupNorm(in_channels, EPS), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            GroupNorm(out_channels, EPS), nn.SiLU(), nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )    # fmt: skip
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -35,7 +33,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels, EPS)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -98,7 +96,7 @@ class Encoder(nn.Module):
                 layers.append(Downsample(width))
                 size //= 2
         layers += [ResidualBlock(width, width), SpatialAttention(width), ResidualBlock(width, width)]
-        layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, codebook_dim, 3, padding=1)]
+        layers += [GroupNorm(width, EPS), nn.SiLU(), nn.Conv2d(width, codebook_dim, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
         self.to_code = nn.Conv2d(codebook_dim, codebook_dim, 1)    # VQGAN's quant_conv
 
@@ -133,7 +131,7 @@ class Decoder(nn.Module):
             if stage in up:
                 layers.append(Upsample(width))
                 size *= 2
-        layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)]
+        layers += [GroupNorm(width, EPS), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z_q: Tensor) -> Tensor:

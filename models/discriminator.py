@@ -4,7 +4,6 @@ Isola et al. 2017, section 3.2.2 (https://arxiv.org/abs/1611.07004); Esser et al
 Projected GANs (https://arxiv.org/abs/2111.01007).
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .norms import GroupNorm
 from .perceptual import weighted_mean
 
 
@@ -34,7 +34,7 @@ class PatchDiscriminator(nn.Module):
             layers.append(
                 nn.Sequential(
                     nn.Conv2d(channels, 2 * channels, width, stride=stride, padding=1),
-                    nn.GroupNorm(math.gcd(32, 2 * channels), 2 * channels),
+                    GroupNorm(2 * channels),
                     nn.LeakyReLU(0.2),
                 )
             )

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .norms import ChannelNorm, LayerNorm
+
 
 def condition_channels(guess: bool) -> int:
     """Channels of `condition`: known colours and hole, and with a guess as many again."""
@@ -47,7 +49,7 @@ class PixelMLP(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,19 +69,11 @@ class LocalEncoder(nn.Module):
         super().__init__()
         self.patch = nn.Conv2d(3, width, stride, stride=stride)
         self.blocks = nn.Sequential(*(PixelMLP(width) for _ in range(depth)))
-        self.to_code = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codebook_dim))
+        self.to_code = nn.Sequential(LayerNorm(width), nn.Linear(width, codebook_dim))
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.patch(image).permute(0, 2, 3, 1)                       # (B, h, w, width)
         return self.to_code(self.blocks(x)).permute(0, 3, 1, 2)         # (B, codebook_dim, h, w)
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position, blind to the rest of the picture."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W), fastest when channels_last.  Returns the same shape."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvBlock(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .attention import Dropout, MultiHeadAttention
 from .config import STRICT, Count, Share
+from .norms import LayerNorm
 
 
 @dataclass(config=STRICT)
@@ -49,9 +50,9 @@ class Block(nn.Module):
         super().__init__()
         D = config.embed_dim
         self.pre_norm = config.pre_norm
-        self.norm1 = nn.LayerNorm(D)
+        self.norm1 = LayerNorm(D)
         self.attention = MultiHeadAttention(D, config.num_heads, config.attention_dropout, config.qk_norm)
-        self.norm2 = nn.LayerNorm(D)
+        self.norm2 = LayerNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.mlp_dim), nn.GELU(), nn.Linear(config.mlp_dim, D))
         self.dropout = Dropout(config.dropout)
 
@@ -69,7 +70,7 @@ class Block(nn.Module):
         x = self.normalise(self.norm1, x, dtype)
         return self.normalise(self.norm2, x + self.dropout(self.mlp(x)), dtype)
 
-    def normalise(self, norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def normalise(self, norm: LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Under autocast a norm returns float32. In training `dtype` (bfloat16) is kept for the next matrix product."""
         return norm(x).to(dtype) if self.training else norm(x)
 
@@ -89,15 +90,15 @@ class BidirectionalTransformer(nn.Module):
         self.token_embed = nn.Embedding(config.codebook_size + 1, D)    # the last row is the mask token
         self.pos_embed = nn.Parameter(torch.zeros(config.seq_len, D))
         self.pixel_embed = nn.Linear(config.pixel_dim, D) if config.pixel_dim else None
-        self.embed_norm = nn.LayerNorm(D)
+        self.embed_norm = LayerNorm(D)
         self.dropout = Dropout(config.dropout)
 
         # blocks
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_norm = nn.LayerNorm(D) if config.pre_norm else nn.Identity()
+        self.final_norm = LayerNorm(D) if config.pre_norm else nn.Identity()
 
         # head
-        self.head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12))
+        self.head = nn.Sequential(nn.Linear(D, D), nn.GELU(), LayerNorm(D, eps=1e-12))
         self.bias = nn.Parameter(torch.zeros(config.seq_len, config.codebook_size + 1))
         self.compiled = False
         self.init_weights()

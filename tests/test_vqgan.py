@@ -6,7 +6,8 @@ from torch import nn
 
 from models.attention import count_parameters
 from models.autoencoder import Decoder, Downsample, Encoder, SpatialAttention, Upsample
-from models.local_autoencoder import ChannelNorm, PixelMLP
+from models.local_autoencoder import PixelMLP
+from models.norms import ChannelNorm
 from models.vqgan import VQGAN, VQGANConfig
 from pictures.holes import random_holes
 
