@@ -79,7 +79,7 @@ def test_rungs_are_scored_as_evaluate_scores_their_pictures(folder, tmp_path):
 
 
 def test_completions_are_those_of_inpainting(folder, tmp_path):
-    ladder.main(arguments(folder, tmp_path / "out", "--seed", "3", "--features", "none"))
+    ladder.main(arguments(folder, tmp_path / "out", "--seed", "3", "--features", "none", "--rungs", "completed_pasted"))
     inpainting.main([
         "--checkpoint", str(folder / "model.safetensors"), "--images", str(folder / "originals"), "--seed", "3",
         "--masks", str(folder / "masks"), "--output", str(tmp_path / "again"), "--total-iter", "3",
@@ -87,6 +87,7 @@ def test_completions_are_those_of_inpainting(folder, tmp_path):
     for i in range(COUNT):
         ours, theirs = tmp_path / "out" / "completed_pasted" / f"p{i}.png", tmp_path / "again" / "images" / f"p{i}.png"
         assert torch.equal(read_image(ours), read_image(theirs))
+    assert list(climbed(tmp_path / "out")) == ["completed, pasted", "Navier-Stokes"]
     text = (tmp_path / "out" / "ladder.md").read_text()
     assert "FD-" not in text and "hole psnr" in text    # --features none gives the paired scores
 
@@ -100,7 +101,7 @@ def test_pictures_of_mixed_sizes(folder, tmp_path):
         write_image(tmp_path / "masks" / f"q{i}.png", mask)
     ladder.main(arguments(tmp_path, tmp_path / "out", "--checkpoint", folder / "model.safetensors"))
     rows = climbed(tmp_path / "out")
-    pasted = ("completed, pasted", "tokenizer, pasted, true tokens", "Telea")
+    pasted = ("completed, pasted", "completed, shrunk to the model", "tokenizer, pasted, true tokens", "Telea")
     assert all(float(rows[method]["known_changed"]) == 0 for method in pasted)
     assert float(rows["mean colour"]["crops FD-Colour"]) > 0
     assert read_image(tmp_path / "out" / "completed_pasted" / "q2.png").shape == (3, 120, 97)
@@ -112,6 +113,7 @@ def test_pictures_of_mixed_sizes(folder, tmp_path):
         (("--checkpoint", "none.safetensors"), "not found"),
         (("--features", "none", "--reference", "x"), "--features none"),
         (("--show", "p9"), "p9: not among"),
+        (("--rungs", "telea", "magic"), "unknown --rungs magic"),
         (("--masks", "nowhere"), "does not exist"),
         (("--low-temperature", "-1"), "0 or more"),
     ],

@@ -38,6 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16, help="pictures completed together (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--rungs", nargs="+", metavar="NAME", help="some, by the names of their folders (default: all)")
     parser.add_argument("--show", nargs="+", metavar="NAME", help="pictures to draw (default: 8, evenly spread)")
     add_score_flags(parser)
     return parser.parse_args(argv)
@@ -46,11 +47,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 Rung = Callable[[list], Iterator]    # pictures -> one completion for each, uint8 (3, H, W)
 
 
-def rungs(model, args: argparse.Namespace) -> dict[str, Rung]:
-    """Ways to get pictures, by name, from the best to the worst."""
-    from evaluation import baselines
+def rungs(model, args: argparse.Namespace, one_size: bool) -> dict[str, Rung]:
+    """Ways to get pictures, by name, from the best to the worst; `one_size`: all pictures have the model's size."""
+    import torch
+
+    from evaluation import baselines, sets
     from evaluation.reconstruct import reconstruct
     from models.completion import Job, complete_pictures
+    from models.convert import resize
 
     def tokenizer(**options) -> Rung:
         return lambda pictures: (reconstruct(model, x.original, x.hole, **options) for x in pictures)
@@ -65,6 +69,14 @@ def rungs(model, args: argparse.Namespace) -> dict[str, Rung]:
 
         return complete
 
+    def shrunk(pictures: list) -> Iterator:
+        """The whole picture at the model's size, and the hole's content enlarged again."""
+        side = [model.image_size] * 2
+        small = (sets.Picture(x.name, None, *resize(x.original, x.hole, side)[::-1]) for x in pictures)
+        for x, image in zip(pictures, completed()(small), strict=True):
+            large, _ = resize(image, torch.zeros(1, *side, dtype=torch.bool), x.hole.shape[1:])
+            yield torch.where(x.hole, large, x.original)
+
     def classic(method: str) -> Rung:
         return lambda pictures: (baselines.complete(x.original, x.hole, method) for x in pictures)
 
@@ -76,6 +88,7 @@ def rungs(model, args: argparse.Namespace) -> dict[str, Rung]:
         "completed, pasted": completed(),
         f"completed, temperature {args.low_temperature:g}": completed(temperature=args.low_temperature),
         "reference decoder, same weights": completed(decoder="reference"),
+        "completed, shrunk to the model": shrunk,
         "PatchMatch": classic("patchmatch"),
         "Telea": classic("telea"),
         REFERENCE: classic("navier-stokes"),
@@ -83,7 +96,16 @@ def rungs(model, args: argparse.Namespace) -> dict[str, Rung]:
     }
     if not baselines.available("patchmatch"):
         del every["PatchMatch"]
-    return every
+    if one_size:
+        del every["completed, shrunk to the model"]
+    chosen = args.rungs or [folder_name(name) for name in every]
+    if unknown := set(chosen) - {folder_name(name) for name in every}:
+        raise UserError(f"unknown --rungs {', '.join(unknown)}; there are {', '.join(map(folder_name, every))}")
+    return {name: rung for name, rung in every.items() if folder_name(name) in chosen or name == REFERENCE}
+
+
+def folder_name(rung: str) -> str:
+    return rung.replace(",", "").replace(" ", "_").lower()
 
 
 def climb(rung: Rung, pictures: list, judge, folder: Path, name: str) -> dict[str, float]:
@@ -139,13 +161,14 @@ def main(argv: list[str] | None = None) -> int:
     model = MaskGIT.from_pretrained(args.checkpoint, device=pick_device(args.device))
     pictures = sets.load_pictures(args.originals, args.masks, args.mask_hole, limit=args.limit)
     shown = sets.choose(pictures, args.show, 8)
+    chosen = rungs(model, args, all(x.hole.shape[1:] == (model.image_size, model.image_size) for x in pictures))
     writable_folder(args.output)
     judge = judge.with_originals(sets.measure_originals(judge, pictures))
 
     names, rows = judge.names(), []
     grid = {"input": [x.original.masked_fill(x.hole, 128) for x in shown]}
-    for name, rung in rungs(model, args).items():
-        folder = args.output / name.replace(",", "").replace(" ", "_").lower()
+    for name, rung in chosen.items():
+        folder = args.output / folder_name(name)
         scores = climb(rung, pictures, judge, folder, name)
         rows.append({"method": name} | {key: scores.get(key, math.nan) for key in names} | {"n": len(pictures)})
         grid[name] = [sets.read_image(folder / f"{x.name}.png") for x in shown]
