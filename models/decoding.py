@@ -201,6 +201,8 @@ def _unaffordable(confidence: Tensor, entropy: Tensor, masked: Tensor, budget: T
 
 def masked_positions(masked: Tensor) -> Tensor:
     """Positions b * N + n of all that is True in (B, N): (M,). A GPU is waited for, to know M."""
+    if torch.jit.is_tracing():
+        raise ValueError("a trace would hold for one mask only: export the model with `python -m tools.export --onnx DIR`")
     return masked.flatten().nonzero().squeeze(1)
 
 
