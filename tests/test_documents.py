@@ -103,7 +103,7 @@ def test_commands_run(path, reader):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_python_blocks_run(path, reader, monkeypatch):
     load = models.MaskGIT.from_pretrained
-    monkeypatch.setattr(models.MaskGIT, "from_pretrained", lambda source="tiny.safetensors", **options: load(source, **options))
+    monkeypatch.setattr(models.MaskGIT, "from_pretrained", lambda source=SMALL[1], **options: load(source, **options))
     monkeypatch.setitem(sys.modules, "maskgit_inpainting", models)    # the name under which it is installed
     scope: dict = {}    # the blocks of a document follow each other
     for language, block in FENCE.findall(NOT_RUN.sub("", path.read_text())):
