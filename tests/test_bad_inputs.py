@@ -175,7 +175,8 @@ FLAGS = {
     "transformer": {"--vqgan": PATHS},
     "inpainting": {
         **dict.fromkeys(["--total-iter", "--max-iter", "--sweet-spot", "--temperature", "--choice-temperature",
-                         "--num-samples", "--batch-size"], WRONG_NUMBERS.filter(lambda text: not re.fullmatch(r"\d{6,}", text))),
+                         "--num-samples", "--batch-size"],
+                        WRONG_NUMBERS.filter(lambda text: not re.fullmatch(r"\d{6,}", text))),
         **dict.fromkeys(["--images", "--masks", "--checkpoint"], PATHS),
         **dict.fromkeys(["--mask-func", "--decoder", "--device", "--mask-hole", "--precision"], TEXT),
     },

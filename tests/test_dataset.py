@@ -223,7 +223,8 @@ def test_every_picture_gets_a_hole_of_its_size_that_depends_on_seed_and_name(tmp
     for name, width, height in (("a.png", 64, 64), ("b.jpg", 64, 64), ("c.png", 40, 90)):
         save(tmp_path / "src" / name, picture(0, height, width))
     save(tmp_path / "one" / "b.png", picture(1, 64, 64))
-    for source, output, *flags in (("src", "x"), ("one", "y"), ("src", "z", "--seed", "1"), ("src", "w", "--kind", "all")):
+    for source, output, *flags in (("src", "x"), ("one", "y"), ("src", "z", "--seed", "1"), ("src", "w", "--kind", "all"),
+                                   ("src", "v", "--kind", "hard")):
         assert dataset.main(["holes", str(tmp_path / source), "--output", str(tmp_path / output), *flags]) == 0
     pairs = pair(tmp_path / "src", tmp_path / "x")
     masks = {stem: read_mask(mask) for stem, _, mask in pairs}
@@ -233,6 +234,8 @@ def test_every_picture_gets_a_hole_of_its_size_that_depends_on_seed_and_name(tmp
     for mask, expected in ((masks["b"], drawn[0]), *((read_mask(tmp_path / folder / "b.png"), hole) for folder, hole in
                            (("y", drawn[0]), ("z", drawn[1]), ("w", of_all_kinds)))):    # fmt: skip
         assert torch.equal(mask, expected)
+    hard = [read_mask(tmp_path / "v" / f"{name}.png").float().mean() for name in "abc"]
+    assert all(0.4 < share < 1 for share in hard)
     assert not torch.equal(masks["a"], masks["b"]) and not torch.equal(drawn[0], drawn[1])
     said = capsys.readouterr().out.splitlines()[0]
     share = sum(mask.double().mean().item() for mask in masks.values()) / 3

@@ -16,9 +16,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import Parser, UserError, atomic_write, progress, run_cli
+from utils import Parser, UserError, atomic_write, progress, run_cli, seeded
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from pictures.duplicates import Fingerprint, Group
@@ -155,32 +156,43 @@ def hole_generator(stem: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(_seeded(stem, seed)[:15], 16))
 
 
+def draw_hole(args: argparse.Namespace, name: str, width: int, height: int) -> np.ndarray:
+    """A hole for a picture, bool (height, width); it depends on the kind, the seed, the picture's name and size alone."""
+    import numpy as np
+    from PIL import Image
+
+    from pictures.hard_holes import hard_hole
+    from pictures.holes import random_holes, random_walks
+
+    if args.kind == "hard":
+        return hard_hole(height, width, seeded(args.seed, "hard hole", name))[0].numpy()
+    draw = random_walks if args.kind == "walks" else random_holes
+    hole = draw(1, args.size, hole_generator(name, args.seed))[0, 0]                          # (size, size)
+    return np.asarray(Image.fromarray(hole.numpy()).resize((width, height), Image.Resampling.NEAREST))
+
+
 def holes(args: argparse.Namespace) -> int:
-    """Draw a hole for every picture, of its size and name, black on white. A hole depends on the seed and the name alone."""
+    """Draw a hole for every picture, of its size and name, black on white."""
     import numpy as np
     from PIL import Image
 
     from pictures.files import find_images
-    from pictures.holes import random_holes, random_walks
     from pictures.images import open_rgb
 
     output = Path(args.output)
     if args.size < 2:
         raise UserError(f"--size ({args.size}) must be at least 2, so that a mask has a hole and a known pixel")
     check_new(output, args.source)
-    draw = random_walks if args.kind == "walks" else random_holes
     shares = []
     with atomic_write(output) as folder:
-        for stem, file in progress(find_images(args.source).items(), desc=f"drawing for {args.source}", unit="picture"):
-            hole = draw(1, args.size, hole_generator(stem, args.seed))[0, 0]                  # (size, size)
-            mask = Image.fromarray(~hole.numpy()).convert("L").resize(open_rgb(file).size, Image.Resampling.NEAREST)
-            share = np.mean(np.asarray(mask) == 0)
-            if share in (0, 1):
+        for name, file in progress(find_images(args.source).items(), desc=f"drawing for {args.source}", unit="picture"):
+            hole = draw_hole(args, name, *open_rgb(file).size)                                # (H, W)
+            if hole.all() or not hole.any():
                 raise UserError(f"{file} is too small for a hole that was drawn on {args.size}x{args.size}; lower --size")
-            path = folder / f"{stem}.png"
+            path = folder / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            mask.save(path)
-            shares.append(share)
+            Image.fromarray(~hole).convert("L").save(path)
+            shares.append(hole.mean())
     print(f"{output}: {len(shares):,} holes of {np.mean(shares):.1%} of their pictures on average")
     return 0
 
@@ -237,9 +249,10 @@ def _parser() -> Parser:
     command = commands.add_parser("holes", help="draw a hole mask for every picture of a folder, black = hole")
     command.add_argument("source", metavar="SRC", help="folder of pictures")
     command.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
-    command.add_argument("--kind", choices=("walks", "all"), default="walks",
-                         help="walks: random walks, as in the usual test set; all: as in training (%(default)s)")
-    command.add_argument("--size", type=int, default=64, help="pixels a side that they are drawn on (%(default)s)")
+    command.add_argument("--kind", choices=("walks", "all", "hard"), default="walks",
+                         help="walks: random walks, as in the usual test set; all: as in training; hard: half of the "
+                              "picture and more (%(default)s)")
+    command.add_argument("--size", type=int, default=64, help="pixels a side that walks are drawn on (%(default)s)")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=holes)
 
