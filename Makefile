@@ -8,13 +8,16 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --no-input
 # One single-threaded process for each core, four at most. An idle process takes over tests from a busy one.
 TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest --ignore=tests/browser -n auto --maxprocesses=4 --dist=worksteal
 
-# Training: folders of pictures, the setting, and where the runs are written.
+# Training: folders of pictures, the setting, where the runs are written, and files of perceptual weights (default: downloaded).
 TRAIN ?=
 VAL ?=
 CONFIG ?= configs/cat64.yml
 RUNS ?= runs/$(basename $(notdir $(CONFIG)))
 FLAGS ?=
+PERCEPTUAL ?=
+SECOND ?=
 FOLDERS = --train-dir $(TRAIN) --val-dir $(VAL) --resume auto $(FLAGS)
+WEIGHTS = $(if $(PERCEPTUAL),--perceptual-weights $(PERCEPTUAL))
 
 # One stamp for each set of packages. It is made only after pip has succeeded, so an interrupted installation starts again.
 BASE := $(VENV)/.installed
@@ -60,14 +63,15 @@ folders: $(BASE)
 	@[ -n "$(TRAIN)" ] && [ -n "$(VAL)" ] || { echo "Name the folders of pictures: make train TRAIN=data/train VAL=data/val"; exit 2; }
 
 train: folders
-	$(RUN) training_vqgan.py --config $(CONFIG) $(FOLDERS) --output-dir $(RUNS)/vqgan
+	$(RUN) training_vqgan.py --config $(CONFIG) $(FOLDERS) $(WEIGHTS) --output-dir $(RUNS)/vqgan
 	$(RUN) training_transformer.py --config $(CONFIG) $(FOLDERS) --vqgan $(RUNS)/vqgan/last.pt --output-dir $(RUNS)/maskgit
-	$(RUN) training_finish.py --config $(CONFIG) $(FOLDERS) --model $(RUNS)/maskgit/maskgit.safetensors --vqgan $(RUNS)/vqgan/last.pt --output-dir $(RUNS)/finish
+	$(RUN) training_finish.py --config $(CONFIG) $(FOLDERS) $(WEIGHTS) $(if $(SECOND),--second-weights $(SECOND)) \
+		--model $(RUNS)/maskgit/maskgit.safetensors --vqgan $(RUNS)/vqgan/last.pt --output-dir $(RUNS)/finish
 	$(RUN) -m tools.export --transformer $(RUNS)/maskgit/best.pt --vqgan $(RUNS)/finish/maskgit.safetensors --eight-bit --output $(RUNS)/model.safetensors
 
 reference: CONFIG = configs/maskgit_reference.yml
 reference: folders
-	$(RUN) training_vqgan.py --config $(CONFIG) $(FOLDERS) --output-dir $(RUNS)/vqgan
+	$(RUN) training_vqgan.py --config $(CONFIG) $(FOLDERS) $(WEIGHTS) --output-dir $(RUNS)/vqgan
 	$(RUN) training_transformer.py --config $(CONFIG) $(FOLDERS) --vqgan $(RUNS)/vqgan/last.pt --output-dir $(RUNS)/maskgit
 
 # ---- set-up ----
