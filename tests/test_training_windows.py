@@ -149,3 +149,22 @@ def test_settings_that_make_no_sense_are_refused_by_name(setting, tmp_path, chan
     child = run("transformer", setting.argv("transformer", tmp_path / "x", "--set", change))
     assert child.code == 2
     assert change.partition("=")[0] in child.errors[-1]
+
+
+@pytest.mark.parametrize("windows", [24, 0])
+def test_holes_come_from_ones_own_masks(setting, tmp_path, windows):
+    for kind, side in (("a", 40), ("b", 8)):
+        mask = Image.new("L", (side, side), 255)
+        mask.paste(0, (2, 2, 6, 6))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask.save(tmp_path / "masks" / f"{kind}.png")
+    flags = ("--train-masks", tmp_path / "masks", "--val-masks", tmp_path / "masks", "--epochs", "1",
+             "--set", f"train_transformer.windows={windows}",
+             f"transformer.pixel_dim={128 if windows else 64}")    # fmt: skip
+    succeed("transformer", setting.argv("transformer", tmp_path / "own", *map(str, flags)))
+    random = setting.argv("transformer", tmp_path / "random", *map(str, flags[4:]))
+    succeed("transformer", random)
+    assert metrics(tmp_path / "own")[0]["loss"] != metrics(tmp_path / "random")[0]["loss"]
+    child = run("transformer", [*random, "--resume", "auto", "--train-masks", str(tmp_path / "masks")])
+    assert child.code == 2
+    assert "training masks" in child.errors[-1]

@@ -26,6 +26,7 @@ from training.finish_losses import decoder_terms, discriminator_terms
 from training.finish_models import continue_discriminators, load_discriminators, load_model, load_networks
 from training.loop import run_stage
 from training.losses import hole_psnr, validation_holes, write_grid
+from training.masks import open_masks
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import load_sections
 from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures
@@ -177,9 +178,9 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
         continue_discriminators(args.discriminators, earlier, both)
     elif first is not None:
         continue_discriminators(args.vqgan, {"discriminator": first}, both)
-    val_windows = None
+    masks, val_windows = open_masks(args), None
     if c.windows:
-        pictures, val_windows = open_windows(args, model.image_size, c, accelerator)
+        pictures, val_windows = open_windows(args, model.image_size, c, accelerator, masks)
         val_images = val_windows.image
     else:
         pictures = open_pictures(args, model.image_size, c, accelerator)    # last: a large set takes minutes
@@ -197,8 +198,8 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
     for network in filter(None, (features, second)):
         network.place(accelerator.device)
     run = FinishRun(
-        c, {"train_finish": asdict(c)}, accelerator, pictures, val_images, given, val_windows, model, decoder, discriminator,
-        feature_discriminator, optimizer, optimizer_d, features, second,
+        c, {"train_finish": asdict(c)}, accelerator, pictures, val_images, given, masks, val_windows, model, decoder,
+        discriminator, feature_discriminator, optimizer, optimizer_d, features, second,
     )    # fmt: skip
     if args.capture:
         parameters = [x for module in (decoder, *run.discriminators) for x in module.parameters()]
@@ -268,7 +269,7 @@ def validate(run: FinishRun) -> dict[str, float]:
     model, images, windows = run.model, run.val_images, run.val_windows
 
     def sums() -> Iterator[dict[str, Tensor]]:
-        holes = windows.holes if windows else validation_holes(images, run.config.seed)
+        holes = windows.holes if windows else validation_holes(run)
         fixed = images, holes, torch.arange(len(images)), *(windows.plan if windows else ())
         for image, mask, seeds, *plan in run.local_batches(*fixed):
             image, mask, values = to_float(image), mask.float(), {}
@@ -290,7 +291,7 @@ def validate(run: FinishRun) -> dict[str, float]:
 @torch.no_grad()
 def write_completions(run: FinishRun, path: Path) -> None:
     """A grid of 12 validation pictures: as they are, with their holes, completed and pasted."""
-    hole = validation_holes(run.val_images, run.config.seed)[:12].to(run.accelerator.device)
+    hole = validation_holes(run)[:12].to(run.accelerator.device)
     image = to_float(run.val_images[:12]).to(run.accelerator.device)
     with run.accelerator.autocast():
         done = run.model.complete(image, hole, range(len(image)), total_iter=8).images

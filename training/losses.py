@@ -1,14 +1,19 @@
 """Losses and scores that stage 1 and the finish share, their perceptual network, and the pictures of a validation."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
 from models.perceptual import PerceptualFeatures, weighted_mean
-from pictures.holes import random_holes
 from utils import UserError, atomic_write, seeded
+
+if TYPE_CHECKING:
+    from training.run import Run
 
 
 def hole_l1(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -32,9 +37,10 @@ def load_features(network: str, weights: str | None, scales: list[int], flag: st
         raise UserError(f"{flag}: {error}") from error
 
 
-def validation_holes(images: Tensor, seed: int) -> Tensor:
+def validation_holes(run: Run) -> Tensor:
     """The same holes at every validation of a run: (M, 1, H, W) bool."""
-    return random_holes(len(images), images.shape[-1], seeded(seed, "validation holes"))
+    images = run.val_images
+    return run.masks.val.random_holes(len(images), images.shape[-1], seeded(run.config.seed, "validation holes"))
 
 
 def write_grid(path: Path, *rows: Tensor) -> None:

@@ -15,6 +15,8 @@ def training_parser(description: str) -> Parser:
     flag("--train-dir", required=True, nargs="+",
          help="folder(s) of training pictures, or WebDataset shards: 'cats-{0000..0099}.tar'")    # fmt: skip
     flag("--val-dir", required=True, help="folder of validation pictures")
+    flag("--train-masks", metavar="DIR", help="take the holes from these masks, black = hole (default: random)")
+    flag("--val-masks", metavar="DIR", help="the same for validation")
     flag("--output-dir", required=True, help="for checkpoints, metrics.jsonl, TensorBoard and picture grids")
     flag("--epochs", type=int)
     flag("--batch-size", type=int, help="pictures per optimizer step, over all processes")

@@ -104,7 +104,12 @@ def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictu
 def input_pictures(args: Any, pictures: Sized, val_images: Tensor) -> dict[str, str]:
     """What the training and validation pictures are: how many, and a hash of their files' names and sizes."""
     training = [(file.name, size(file)) for path in args.train_dir for file in picture_files(path)]
+
+    def masks(path: str | None) -> str:
+        return fingerprint([(file.name, size(file)) for file in picture_files(path)]) if path else "drawn at random"
+
     return {
+        "training masks": masks(args.train_masks), "validation masks": masks(args.val_masks),
         "training pictures": f"{len(pictures)} ({fingerprint(training)})",
         "validation pictures": f"{len(val_images)} ({fingerprint(val_images)})",
     }

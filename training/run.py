@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from training.config import TrainConfig
+from training.masks import MaskSource
 from training.processes import average_over_processes
 from training.stopping import check_all_finite
 
@@ -31,6 +32,7 @@ class Run:
     pictures: Sized                 # the training set
     val_images: Tensor              # (M, 3, H, W) uint8
     input: dict[str, str]           # pictures and weights that the run was given, by name: what they are, shortly
+    masks: MaskSource               # of holes
 
     @property
     def per_epoch(self) -> int:

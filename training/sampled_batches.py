@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from models.maskgit import Known
-from pictures.holes import random_holes
 from pictures.images import to_float
 from training.speed import to_device
 from training.windows import GuessPlan, make_guess
@@ -40,7 +39,7 @@ def draw_batch(run: FinishRun, step: int) -> Drawn:
         return Drawn(to_float(image), holes.float(), seeds[run.mine], plan)
     mirrored = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < 0.5
     image = to_float(run.pictures.batch(step))                                   # (b, 3, H, W)
-    holes = random_holes(c.batch_size, image.shape[-1], generator)               # (B, 1, H, W)
+    holes = run.masks.train.random_holes(c.batch_size, image.shape[-1], generator)               # (B, 1, H, W)
     plain = torch.rand(c.true_pictures, 1, 1, 1, generator=generator) < c.plain_share
     holes[: len(plain)] |= plain
     return Drawn(torch.where(mirrored[run.mine], image.flip(3), image), holes[run.mine].float(), seeds[run.mine], None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
 
 def draw_masks(
-    count: int, size: int, stride: int, c: TrainTransformerConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Holes and hidden tokens of a batch.
+    count: int, size: int, stride: int, c: TrainTransformerConfig, generator: torch.Generator,
+    draw: Callable[[int, int, torch.Generator], Tensor] = random_holes,
+) -> tuple[Tensor, Tensor]:    # fmt: skip
+    """Holes and hidden tokens of a batch. `draw` gives holes like those to be completed.
 
     There are three kinds of pictures: with a hole like those to be completed; wholly unknown; and with tokens missing here
     and there, as many as a uniform draw says (the reference's only kind). In the first two a share gamma(r), r uniform, of
@@ -43,7 +45,7 @@ def draw_masks(
     scattered = (torch.rand(count, N, generator=generator).argsort(1)
                  < torch.randint(1, N + 1, (count, 1), generator=generator))                 # (B, N), fmt: skip
     holes = scattered.view(count, 1, grid, grid).repeat_interleave(stride, 2).repeat_interleave(stride, 3)
-    holes = torch.where(hole_like.view(-1, 1, 1, 1), random_holes(count, size, generator), holes)
+    holes = torch.where(hole_like.view(-1, 1, 1, 1), draw(count, size, generator), holes)
     holes = holes | full.view(-1, 1, 1, 1)                                                   # (B, 1, H, W)
     inside = pixel_to_token_mask(holes, stride)                                              # (B, N)
     share = gamma(c.mask_schedule, torch.rand(count, generator=generator, dtype=torch.float64))
@@ -87,7 +89,8 @@ def draw_batch(run: TransformerRun, step: int) -> Drawn:
     chosen = epoch_order(len(run.pictures), c.seed, epoch)[k * c.batch_size : (k + 1) * c.batch_size]
     generator = seeded(c.seed, "transformer batch", step)
     mirrored = (torch.rand(len(chosen), generator=generator) < 0.5) & c.mirror               # (B,)
-    holes, masked = draw_masks(len(chosen), vqgan.image_size, vqgan.stride, c, generator)    # (B, 1, H, W), (B, N)
+    draw = run.masks.train.random_holes
+    holes, masked = draw_masks(len(chosen), vqgan.image_size, vqgan.stride, c, generator, draw)    # (B, 1, H, W), (B, N)
     tokens, image = run.pictures.rows(chosen[run.mine], mirrored[run.mine])                  # (b, N), (b, 3, H, W)
     if image is not None:
         image = torch.where(mirrored[run.mine].view(-1, 1, 1, 1), image.flip(3), image)

@@ -24,6 +24,7 @@ from pictures.images import to_float
 from training.config import Fraction, Positive, Steps, Weight, WindowsConfig, check_size
 from training.loop import is_due, run_stage
 from training.losses import validation_holes, write_grid
+from training.masks import open_masks
 from training.muon import Muon
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import load_sections
@@ -145,9 +146,9 @@ def build_run(
         model.embed_codes(seeded(c.seed, "embed codes"))
     model.to(accelerator.device)
 
-    val_windows = None
+    masks, val_windows = open_masks(args), None
     if c.windows:
-        pictures, val_windows = open_windows(args, model.image_size, c, accelerator)
+        pictures, val_windows = open_windows(args, model.image_size, c, accelerator, masks)
         val_images = val_windows.image
     else:
         val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: c.val_pictures]
@@ -161,8 +162,8 @@ def build_run(
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=c.plateau_patience)
     configs = model.configs() | {"train_transformer": asdict(c)}
     run = TransformerRun(
-        c, configs, accelerator, pictures, val_images, input_pictures(args, pictures, val_images), val_tokens, val_windows,
-        accelerator.prepare(model), ema, optimizer, plateau,
+        c, configs, accelerator, pictures, val_images, input_pictures(args, pictures, val_images), masks, val_tokens,
+        val_windows, accelerator.prepare(model), ema, optimizer, plateau,
     )    # fmt: skip
     run.model.train()
     if args.compile:
@@ -236,7 +237,9 @@ def validate(run: TransformerRun) -> dict[str, float]:
     c, model, images = run.config, run.ema, run.val_images
     stride, windows = model.vqgan.config.stride, run.val_windows
     if windows is None:
-        holes, masked = draw_masks(len(images), model.image_size, stride, c, seeded(c.seed, "validation masks"))
+        holes, masked = draw_masks(
+            len(images), model.image_size, stride, c, seeded(c.seed, "validation masks"), run.masks.val.random_holes
+        )
         fixed = images, holes, run.val_tokens, masked
     else:
         masked = pixel_to_token_mask(windows.holes, stride)
@@ -265,7 +268,7 @@ def validate(run: TransformerRun) -> dict[str, float]:
 def write_completions(run: TransformerRun, path: Path) -> None:
     """A grid of 12 validation pictures: as they are, with their holes, completed; last row: made from nothing."""
     image = to_float(run.val_images[:12]).to(run.accelerator.device)
-    hole = validation_holes(run.val_images, run.config.seed)[:12].to(image.device)
+    hole = validation_holes(run)[:12].to(image.device)
     with run.accelerator.autocast():
         done = run.ema.complete(image, hole, range(len(image))).images
         made = run.ema.complete(image, torch.ones_like(hole), range(len(image)), total_iter=16).images

@@ -18,11 +18,11 @@ from models.discriminator import PatchDiscriminator, feature_matching, hinge_los
 from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual_distance
 from models.vqgan import VQGAN, VQGANConfig
 from pictures.folders import load_folder
-from pictures.holes import random_holes
 from pictures.images import to_float
 from training.config import Fraction, Positive, TrainConfig, Weight, check_size
 from training.loop import run_stage
 from training.losses import hole_l1, hole_psnr, load_features, validation_holes, write_grid
+from training.masks import open_masks
 from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
 from training.options import load_sections
 from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures
@@ -131,8 +131,8 @@ def build_run(
     configs = {"vqgan": asdict(model_config), "train_vqgan": asdict(c)}
     given = input_pictures(args, pictures, val_images) | {"perceptual weights": fingerprint_module(features)}
     return VQGANRun(
-        c, configs, accelerator, pictures, val_images, given, vqgan, discriminator, ema, optimizer, optimizer_d, features,
-        usage,
+        c, configs, accelerator, pictures, val_images, given, open_masks(args), vqgan, discriminator, ema, optimizer,
+        optimizer_d, features, usage,
     )    # fmt: skip
 
 
@@ -165,7 +165,7 @@ def draw_batch(run: VQGANRun, step: int) -> tuple[Tensor, Tensor]:
     mirrored = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < 0.5
     known = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < c.known_share
     image = to_float(run.pictures.batch(step))                                   # (b, 3, H, W)
-    holes = random_holes(c.batch_size, image.shape[-1], generator) | ~known      # (B, 1, H, W)
+    holes = run.masks.train.random_holes(c.batch_size, image.shape[-1], generator) | ~known      # (B, 1, H, W)
     return torch.where(mirrored[run.mine], image.flip(3), image), holes[run.mine].float()
 
 
@@ -271,7 +271,7 @@ def validate(run: VQGANRun) -> dict[str, float]:
     """Scores of the averaged model on fixed pictures with fixed holes: decoded with nothing known, and with the hole."""
 
     def sums() -> Iterator[dict[str, Tensor]]:
-        for image, hole in run.local_batches(run.val_images, validation_holes(run.val_images, run.config.seed)):
+        for image, hole in run.local_batches(run.val_images, validation_holes(run)):
             image, hole, values = to_float(image), hole.float(), {}
             for kind, mask in (("plain", torch.ones_like(hole)), ("hole", hole)):
                 with run.accelerator.autocast():
@@ -290,7 +290,7 @@ def write_reconstructions(run: VQGANRun, path: Path) -> None:
     """A grid of 16 validation pictures: as they are, decoded with nothing known, with their holes, decoded and pasted."""
     device = run.accelerator.device
     image = to_float(run.val_images[:16]).to(device)
-    hole = validation_holes(run.val_images, run.config.seed)[:16].to(device)
+    hole = validation_holes(run)[:16].to(device)
     with run.accelerator.autocast():
         plain, filled = (run.ema(image, mask.float())[0].float().clamp(-1, 1) for mask in (torch.ones_like(hole), hole))
     write_grid(path, image, plain, image.masked_fill(hole, 0), torch.where(hole, filled, image))

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from models.maskgit import MaskGIT
 from models.vqgan import VQGAN
+from pictures import holes as random_masks
 from pictures.files import find_images
 from pictures.holes import window_holes
 from pictures.images import read_image, to_float
 from pictures.shards import is_shards
 from training.losses import write_grid
+from training.masks import Masks, MaskSource
 from utils import UserError, notice, seeded
 
 SHORT_SIDE = 400      # photographs are kept with at most so many pixels along their short side
@@ -99,6 +101,7 @@ class Windows:
         size: S, side of a window.
         per_epoch: windows that make up an epoch.
         guess_share: share of the windows with a guess.
+        masks: of which the holes are drawn, see training/masks.py.
     """
 
     photographs: list[Tensor]
@@ -109,6 +112,7 @@ class Windows:
     guess_share: float = 0.5
     rank: int = 0
     processes: int = 1
+    masks: Masks = random_masks
 
     def __len__(self) -> int:
         return self.per_epoch
@@ -118,8 +122,8 @@ class Windows:
         generator, B, mine = seeded(self.seed, purpose, step), self.batch_size, slice(self.rank, None, self.processes)
         chosen = torch.randint(len(self.photographs), (B,), generator=generator)
         place = torch.rand(B, 4, generator=generator)                   # scale, top, left, mirrored
-        holes, kind = window_holes(B, self.size, generator)             # (B, 1, S, S), (B,)
-        plan = draw_guesses(holes, kind, self.guess_share, generator)
+        holes, deep = self.masks.window_holes(B, self.size, generator)  # (B, 1, S, S), (B,)
+        plan = draw_guesses(holes, deep, self.guess_share, generator)
         image = torch.stack([self.cut(int(i), *u) for i, u in zip(chosen[mine], place[mine].tolist(), strict=True)])
         return WindowBatch(image, holes[mine], GuessPlan(*(part[mine] for part in plan)), holes)
 
@@ -226,17 +230,20 @@ def resize_uint8(image: Tensor, sides: list[int]) -> Tensor:
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
-def validation_windows(photographs: list[Tensor], size: int, count: int, seed: int) -> WindowBatch:
+def validation_windows(
+    photographs: list[Tensor], size: int, count: int, seed: int, masks: Masks = random_masks
+) -> WindowBatch:
     """Fixed windows, half of them with a guess."""
-    return Windows(photographs, size, count, count, seed).batch(0, "validation windows")
+    return Windows(photographs, size, count, count, seed, masks=masks).batch(0, "validation windows")
 
 
-def open_windows(args: Any, size: int, c: Any, accelerator: Any) -> tuple[Windows, WindowBatch]:
+def open_windows(args: Any, size: int, c: Any, accelerator: Any, masks: MaskSource) -> tuple[Windows, WindowBatch]:
     """The training windows of --train-dir, for a stage's config, and fixed ones of --val-dir to validate on."""
     place = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
     photographs = load_photographs(args.train_dir, args.bad_images)
-    windows = Windows(photographs, size, c.windows, c.batch_size, c.seed, c.guess_share, **place)
-    return windows, validation_windows(load_photographs([args.val_dir], args.bad_images), size, c.val_pictures, c.seed)
+    windows = Windows(photographs, size, c.windows, c.batch_size, c.seed, c.guess_share, **place, masks=masks.train)
+    val_photographs = load_photographs([args.val_dir], args.bad_images)
+    return windows, validation_windows(val_photographs, size, c.val_pictures, c.seed, masks.val)
 
 
 @torch.no_grad()

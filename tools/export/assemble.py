@@ -6,7 +6,7 @@ from models import MaskGIT
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 from training.checkpoints import load_checkpoint
-from training.weights import tokenizer_difference, trained_decoder, trained_transformer
+from training.weights import tokenizer_difference, trained_decoder, trained_transformer, vqgan_with_guess
 from utils import UserError
 
 Weights = dict[str, torch.Tensor]
@@ -23,7 +23,7 @@ def assemble(transformer: str, vqgan: str | None, other: str | None = None, othe
     state = load_checkpoint(transformer, "transformer-training")
     config, weights = VQGANConfig(**state["config"]["vqgan"]), dict(state["vqgan"])
     if vqgan:
-        better, config.context_dim = read_vqgan(vqgan)
+        better, config.context_dim = read_vqgan(vqgan, config.guess)
         for name, value in weights.items():
             if name not in better or better[name].shape != value.shape:
                 raise UserError(f"--vqgan {vqgan} has another architecture than {transformer} ({name})")
@@ -40,10 +40,14 @@ def assemble(transformer: str, vqgan: str | None, other: str | None = None, othe
     return model.eval()
 
 
-def read_vqgan(path: str) -> tuple[Weights, int]:
-    """The averaged VQGAN weights of a stage-1 checkpoint or of a model file, and the `context_dim` of its decoder."""
+def read_vqgan(path: str, guess: bool) -> tuple[Weights, int]:
+    """The averaged VQGAN weights of a stage-1 checkpoint or of a model file, and the `context_dim` of its decoder.
+
+    With `guess` the decoder of a model file gets inputs for a guess, if it has none.
+    """
     if path.endswith(".safetensors"):
         vqgan = MaskGIT.from_pretrained(path).vqgan
+        vqgan = vqgan_with_guess(vqgan) if guess else vqgan
         return vqgan.state_dict(), vqgan.config.context_dim
     return load_checkpoint(path, "vqgan-training")["ema"], 0
 
