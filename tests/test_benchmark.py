@@ -27,8 +27,7 @@ def test_the_reference_loop_decodes_every_round_of_every_picture(models, monkeyp
     completion.reference_loop(models[1], image, mask, total_iter=4)
     assert decoded == [1] * 12
     decoded.clear()
-    completion.complete(models[0], image, mask, total_iter=4)
-    assert decoded == [3]
+    assert completion.complete(models[0], completion.sample_jobs(3, 16), total_iter=2) > 0
 
 
 def test_cases_take_turns(monkeypatch):
@@ -62,11 +61,14 @@ def test_a_training_step_trains_a_copy_of_the_transformer(models):
     assert all(torch.equal(value, given[name]) for name, value in models[0].state_dict().items())
 
 
-@pytest.mark.parametrize("what, flags", [("inpaint", []), ("inpaint", ["--compile"]), ("train", [])])
+@pytest.mark.parametrize("what, flags", [("inpaint", ["--compile"]), ("train", []), ("photos", [])])
 def test_it_reports_every_case(what, flags, tmp_path, capsys, traced):
     path = tmp_path / "report.json"
     assert benchmark.main([what, "--quick", "--rounds", "1", "--device", "cpu", "--json", str(path), *flags]) == 0
     report, printed = json.loads(path.read_text()), capsys.readouterr()
+    if what == "photos":
+        assert len(report["photographs"]) == 5 and all(row["seconds"] > 0 < row["rounds"] for row in report["photographs"])
+        return
     rows = report["completion" if what == "inpaint" else "training"]
     assert rows[0]["times as fast"] == 1 and "reference" in rows[0]["case"]
     assert all(row["pictures/s"] > 0 and row["case"] in printed.out and row["case"] in printed.err for row in rows)

@@ -1,8 +1,9 @@
-"""Measure speed here: completing pictures compared with the reference's loop, and training steps of stage 2.
+"""Measure speed here: completing pictures compared with the reference's loop, photographs, and training steps of stage 2.
 
-Completion:  python -m tools.benchmark inpaint
-Training:    python -m tools.benchmark train
-A first try: python -m tools.benchmark inpaint --quick     (tiny models, to see that it runs)
+Completion:   python -m tools.benchmark inpaint
+Photographs:  python -m tools.benchmark photos
+Training:     python -m tools.benchmark train
+A first try:  python -m tools.benchmark inpaint --quick     (tiny models, to see that it runs)
 
 The cases of a table take turns, round after round, so that a busy moment of the machine meets all of them. Times are medians
 over the rounds, ratios are medians of the rounds' ratios. The reference is configs/maskgit_reference.yml with random weights
@@ -18,7 +19,7 @@ from utils import Parser, UserError, atomic_write, writable_folder
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m tools.benchmark", description=__doc__)
-    parser.add_argument("what", choices=("inpaint", "train"))
+    parser.add_argument("what", choices=("inpaint", "photos", "train"))
     parser.add_argument("--checkpoint", metavar="FILE", help="model (default: the bundled weights)")
     parser.add_argument("--reference-checkpoint", metavar="FILE", help="trained weights of the reference")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -33,7 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from tools.benchmark import completion, training  # torch is slow to import
+    from tools.benchmark import completion, photos, training    # torch is slow to import
     from utils import pick_device
 
     device = pick_device(args.device)
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--quick makes tiny models of its own: leave the checkpoints out")
     if args.json is not None:
         writable_folder(args.json.parent)
-    report = (completion if args.what == "inpaint" else training).measure(args, device)
+    report = {"inpaint": completion, "photos": photos, "train": training}[args.what].measure(args, device)
     print(markdown(report))
     if args.json is not None:
         with atomic_write(args.json) as temporary:

@@ -19,7 +19,7 @@ from models.vqgan import VQGANConfig
 from pictures.holes import random_holes
 from utils import build_config, load_config, seeded
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
 # --quick: what makes each config small and keeps its shape
 QUICK = {
     "vqgan": dict(image_size=16, codebook_size=32, codebook_dim=8, encoder_width=16, encoder_depth=1, encoder_down=[0, 1],
@@ -82,7 +82,7 @@ def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[dic
 
 def build(name: str, quick: bool) -> MaskGIT:
     """A model of a config file with random weights, always the same."""
-    sections = load_config(CONFIGS / name)
+    sections = load_config(ROOT / "configs" / name)
     if quick:
         for section, small in QUICK.items():
             sections[section] |= small
