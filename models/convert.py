@@ -1,5 +1,6 @@
 """From what people hold (PIL images, arrays, tensors of any size) to the model's float tensors, and back."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+LARGE = 0.6         # share of a picture from which on a hole may be the known part, taken for the hole
+PHOTOGRAPH = 0.5    # a mask with a larger share of grays is a photograph
+ORIENTATION = 0x0112    # EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}    # fmt: skip
 
 Restore = Callable[[Tensor, Tensor], Any]    # completed pixels, bool (1, H, W) which of them are new -> the user's kind
 
@@ -37,9 +46,10 @@ def to_tensor(image: Any) -> tuple[Tensor, Restore]:
 
     Args:
         image: PIL image of 8 bits a channel (becomes RGB, alpha is dropped); uint8 array (H, W, 3) or (H, W); tensor
-            (3, H, W), uint8 or float in [0, 1].
+            (3, H, W), uint8 or float in [0, 1]. A PIL image is turned upright by its EXIF orientation.
     """
     if isinstance(image, Image.Image):
+        image = upright(image)
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"an image must have 8 bits a channel, got PIL mode {image.mode!r}; scale it to 0..255")
         return _from_array(np.asarray(image.convert("RGB"))), lambda x, new: Image.fromarray(_to_array(x))
@@ -75,22 +85,73 @@ def to_mask(mask: Any, size: tuple[int, int]) -> Tensor:
     """Any mask to bool (1, H, W), True = hole.
 
     Args:
-        mask: PIL image, array or tensor, (H, W) or (1, H, W). The hole is True, or 1, or white (128 and more of 255).
-            Mask *files* of this project have it the other way round: black.
+        mask: PIL image, array or tensor, (H, W) or (1, H, W). The hole is True, or 1, or white (from the middle of the range
+            on). Of a PIL image with an alpha channel see `_hole_by_alpha`. Mask *files* have it the other way round: black.
         size: the picture's (H, W), which the mask must have too.
     """
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask if mask.mode == "1" else mask.convert("L"))
+        mask = _from_pil_mask(upright(mask))
     if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
-        mask = torch.from_numpy(mask.astype(np.float32))
+        mask = torch.from_numpy(mask.astype(np.float32) / (257 if mask.dtype == np.uint16 and mask.max() > 255 else 1))
     if not isinstance(mask, Tensor):
         raise ValueError(f"a mask must be a PIL image, an array or a tensor of numbers, got {type(mask).__name__}")
     if tuple(mask.shape) not in (tuple(size), (1, *size)):
-        raise ValueError(f"the mask's shape is {tuple(mask.shape)}, the picture's (H, W) {tuple(size)}; they must agree")
+        swapped = "; are picture and mask swapped?" if mask.ndim == 3 and 3 in (mask.shape[0], mask.shape[2]) else ""
+        shapes = f"the mask's shape is {tuple(mask.shape)}, the picture's (H, W) {tuple(size)}"
+        raise ValueError(f"{shapes}; they must agree{swapped}")
     gray = mask.detach().float().cpu().reshape(1, *size)
     if not bool(((gray >= 0) & (gray <= 255)).all()):
         raise ValueError(f"a mask holds False and True, 0 and 1, or 0 and 255; this one has values {_span(gray)}")
-    return gray > 0.5 if gray.max() <= 1 else gray >= 128
+    top = 1 if gray.max() <= 1 else 255
+    between = ((gray > top / 8) & (gray < top * 7 / 8)).float().mean().item()
+    if between > PHOTOGRAPH and len(gray.unique()) > 2:
+        raise ValueError(
+            f"the mask looks like a photograph: {between:.0%} of it is neither black nor white; is it a picture?"
+        )
+    hole = gray > 0.5 if top == 1 else gray >= 128
+    if LARGE < hole.float().mean() < 1:
+        share = f"{hole.float().mean():.0%} of the picture"
+        warnings.warn(f"the hole is {share}; if it is the other part, invert the mask: white is the hole", stacklevel=2)
+    return hole
+
+
+def _from_pil_mask(mask: Image.Image) -> np.ndarray:
+    """A mask as numbers, high = hole: of one channel, 8 or 16 bits."""
+    if mask.mode.startswith("I"):    # 16 bits
+        return np.asarray(mask).astype(np.uint16)
+    if "A" in mask.getbands() or "transparency" in mask.info:
+        *colours, alpha = np.moveaxis(np.asarray(mask.convert("RGBA")), 2, 0)
+        opaque = alpha >= 128
+        if opaque.any() and not opaque.all():
+            return _hole_by_alpha(np.stack(colours), opaque)
+    return np.asarray(mask if mask.mode == "1" else mask.convert("RGB").convert("L"))
+
+
+def _hole_by_alpha(colours: np.ndarray, opaque: np.ndarray) -> np.ndarray:
+    """The hole of a mask that is transparent in part: (3, H, W) uint8 and bool (H, W) -> bool (H, W).
+
+    Paint of one colour is the hole, unless the transparent part has that colour too: then it is what is transparent. Black
+    and white mean what they mean everywhere. Anything else is a picture with the hole cut out.
+    """
+    painted, rest = colours[:, opaque], colours[:, ~opaque]                               # (3, M), (3, M')
+    bright = painted.mean(0) >= 128
+    if (painted == painted[:, :1]).all():
+        cut_out = (rest == painted[:, :1]).all() and not (bright[0] and opaque.mean() < 0.5)
+        return ~opaque if cut_out else opaque
+    if np.isin(painted, (0, 255)).all(0).mean() > PHOTOGRAPH and bright.any() and not bright.all():
+        hole = opaque.copy()
+        hole[opaque] = bright
+        return hole
+    return ~opaque
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says that it is to be seen."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except (ValueError, TypeError, OSError, SyntaxError, OverflowError):    # EXIF that Pillow can't read
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _span(values: Tensor) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-THICK = 6    # tokens: around a square of so many without a known pixel, a window shows too little; see the level below first
+THICK = 3 / 8    # of a window: around a square of such a side without a known pixel, it shows too little
 
 
 class Level(NamedTuple):
@@ -26,22 +26,30 @@ class Region(NamedTuple):
     left: int
     right: int
 
+    def scaled(self, factor: int) -> "Region":
+        return Region(*(factor * edge for edge in self))
+
+
+def crop(picture: Tensor, region: Region) -> Tensor:
+    """A view of a part of a picture (C, H, W)."""
+    return picture[:, region.top : region.bottom, region.left : region.right]
+
 
 def count_levels(hole: Tensor, size: int, stride: int) -> int:
     """How many levels a hole (1, H, W) needs: at the coarsest it is thin, or the picture fits into one window."""
     share, levels = hole[None].float(), 1                                        # (1, 1, H, W) of each pixel that is hole
-    while max(share.shape[-2:]) > size and is_thick(share > 0.5, stride):
+    while max(share.shape[-2:]) > size and is_thick(share > 0.5, max(1, int(THICK * size / stride)), stride):
         share = F.avg_pool2d(share, 2, ceil_mode=True)
         levels += 1
     return levels
 
 
-def is_thick(hole: Tensor, stride: int) -> bool:
-    """Whether some square of THICK x THICK tokens of a hole (1, 1, H, W) holds no known pixel."""
-    if min(hole.shape[-2:]) < THICK * stride:
+def is_thick(hole: Tensor, side: int, stride: int) -> bool:
+    """Whether some square of side x side tokens of a hole (1, 1, H, W) holds no known pixel."""
+    if min(hole.shape[-2:]) < side * stride:
         return False
     known = F.max_pool2d((~hole).float(), stride)                                # (1, 1, H / stride, W / stride)
-    return not bool(F.max_pool2d(known, THICK, 1).all())
+    return not bool(F.max_pool2d(known, side, 1).all())
 
 
 def surroundings(hole: Tensor, margin: int, unit: int) -> Region:
@@ -94,8 +102,21 @@ def split(rows: int, columns: int, most: int) -> list[Region]:
     return [Region(*a, *b) for a in cuts(rows) for b in cuts(columns)]
 
 
-def enlarged(below: Tensor, corners: Tensor, size: int) -> Tensor:
-    """Windows of the level below, twice as large: its completion as a guess for this level.
+def deep(hole: Tensor, size: int) -> Tensor:
+    """What lies deeper in a hole (1, h, w) than THICK of a window of `size` pixels: bool (1, h, w)."""
+    reach = int(THICK * size)
+    known = (~hole).float()[None]                                                # (1, 1, h, w)
+    rows = F.max_pool2d(known, (2 * reach + 1, 1), 1, (reach, 0))
+    return F.max_pool2d(rows, (1, 2 * reach + 1), 1, (0, reach))[0] == 0
+
+
+def enlarge(below: Tensor) -> Tensor:
+    """The level below, uint8 (3, h, w), twice as large: float (3, 2 h, 2 w) in [-1, 1]."""
+    return _twice((below.float() / 127.5 - 1)[None])[0]
+
+
+def enlarge_windows(below: Tensor, corners: Tensor, size: int) -> Tensor:
+    """Windows of the enlarged level below: what `enlarge` gives there, without making the rest.
 
     Args:
         below: (3, h / 2, w / 2) uint8.
@@ -104,7 +125,11 @@ def enlarged(below: Tensor, corners: Tensor, size: int) -> Tensor:
     Returns:
         (W, 3, size, size) float in [-1, 1].
     """
-    around = torch.arange(-3, size // 2 + 3)
+    around = torch.arange(-3, size // 2 + 3)                                     # 3 pixels more than the window shows
     rows, columns = ((corners[:, i, None] // 2 + around).clamp(0, below.shape[i + 1] - 1) for i in (0, 1))
-    small = below[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1).float() / 127.5 - 1    # (W, 3, s + 6, s + 6)
-    return F.interpolate(small, scale_factor=2, mode="bicubic", align_corners=False)[..., 6:-6, 6:-6].clamp(-1, 1)
+    small = below[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)      # (W, 3, s + 6, s + 6)
+    return _twice(small.float() / 127.5 - 1)[..., 6:-6, 6:-6]
+
+
+def _twice(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=False).clamp(-1, 1)
