@@ -14,6 +14,7 @@ import math
 import platform
 import shlex
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -106,7 +107,9 @@ def make_report(args: argparse.Namespace, argv: list[str]) -> dict:
     from evaluation.judge import load_judge
 
     files = find_files(args)
-    judge = load_judge(args)
+    judge = replace(
+        load_judge(args), kernel_subsets=args.kid_subsets, kernel_subset_size=args.kid_subset_size, seed=args.seed
+    )
     if args.save_statistics is not None:
         judge.reference.save(args.save_statistics)
     completed, originals = measure(args, judge, files)

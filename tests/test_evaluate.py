@@ -83,6 +83,9 @@ def test_paired_scores_are_what_the_functions_give(folders, capsys):
     for name, value in summarise(columns).items():
         assert scores[name] == pytest.approx(value, rel=1e-5)
     assert scores["known_changed"] == 0 and found["n"] == N and "FD-Colour" not in scores
+    other = report(paired(folders, "--kid-subsets", 7, "--kid-subset-size", 5, "--seed", 3), folders)["scores"]
+    assert other["paired KD-Colour"] == pytest.approx(kernel_distance(truth, pred, 7, 5, 3)["mean"])
+    assert other["P-IDS"] == pytest.approx(indistinguishable(truth, pred, paired=True, seed=3)[1])
     assert sorted(found["per_picture"]) == sorted(f"p{i}" for i in range(N))
     assert found["per_picture"]["p1"]["hole_psnr"] == pytest.approx(columns["hole_psnr"][1].item(), rel=1e-5)
     assert "--ground-truth" in found["command"] and found["versions"]["torch"]
