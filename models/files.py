@@ -88,8 +88,12 @@ class ModelFiles:
         Raises:
             ModelFileError: there is no such file or folder, it is truncated or of another kind, or its weights don't fit its
                 config.
+            ValueError: unknown precision, or a device that is not there.
         """
-        device = torch.device(device or "cpu")
+        try:
+            device = torch.zeros(0, device=device or "cpu").device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} can't be used here: {shorten(error)}") from error
         precision = pick_precision(precision, device) if precision else None
         path, card = find(source)
         configs, weights = read_folder(path) if path.is_dir() else read_weights(path)

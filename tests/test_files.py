@@ -89,6 +89,12 @@ def test_unknown_options_are_refused(options):
         MaskGIT.from_pretrained(**options)
 
 
+@pytest.mark.parametrize("device", ["tpu9", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match=f"{device}.* can't be used"):
+        MaskGIT.from_pretrained(device=device)
+
+
 def test_auto_is_a_precision_of_the_machine():
     picked = MaskGIT.from_pretrained(precision="auto").precision
     assert picked == pick_precision("auto", torch.device("cpu")) and picked in ("fp32", "bf16")
