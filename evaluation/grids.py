@@ -15,16 +15,16 @@ LETTERS = 14          # height of the labels in pixels
 
 def write_grid(
     path: str | Path, rows: Sequence[Sequence[Tensor]], row_labels: Sequence[str] = (), column_labels: Sequence[str] = (),
-    scale: int = 1,
+    scale: float = 1,
 ) -> None:
     """Write a grid of pictures.
 
     Args:
         rows: of uint8 (3, H, W) pictures of any size; a row may be shorter than the others.
         row_labels, column_labels: written on the left and on top.
-        scale: pixels drawn for each pixel of a picture.
+        scale: above 1 a whole number, pixels drawn for each pixel of a picture; below 1 the pictures are made smaller.
     """
-    pictures = [[enlarge(picture, scale) for picture in row] for row in rows]
+    pictures = [[resize(picture, scale) for picture in row] for row in rows]
     heights = [max(picture.shape[0] for picture in row) + GAP for row in pictures]
     columns = max(map(len, pictures))
     widths = [max(row[j].shape[1] for row in pictures if j < len(row)) + GAP for j in range(columns)]
@@ -46,6 +46,10 @@ def write_grid(
     write_image(path, torch.from_numpy(np.array(drawing)).permute(2, 0, 1))
 
 
-def enlarge(picture: Tensor, scale: int) -> np.ndarray:
-    """uint8 (3, H, W) to (scale * H, scale * W, 3), pixel by pixel."""
-    return picture.permute(1, 2, 0).numpy().repeat(scale, axis=0).repeat(scale, axis=1)
+def resize(picture: Tensor, scale: float) -> np.ndarray:
+    """uint8 (3, H, W) to (scale * H, scale * W, 3)."""
+    pixels = picture.permute(1, 2, 0).contiguous().numpy()
+    if scale < 1:
+        smaller = [max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0])]
+        return np.asarray(Image.fromarray(pixels).resize(smaller, Image.Resampling.LANCZOS))
+    return pixels.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -23,6 +23,7 @@ REFERENCE = "Navier-Stokes"    # the rung that the ratios are of: the best class
 # Columns of the report, beside the distances between sets, and the scores whose ratio to the reference rung is given.
 SHOWN = ("hole_perceptual", "hole_psnr", "psnr", "hole_ssim", "seam", "detail", "known_changed")
 RATIOS = ("FD-", "FID", "hole_perceptual")
+DRAWN = 256    # pixels: the longest side of a picture in the grid
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -178,7 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     tables.write_csv(args.output / "ladder.csv", ["method", *columns, "n"], rows)
     with atomic_write(args.output / "ladder.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    scale = max(1, 128 // max(max(x.original.shape[1:]) for x in shown))
+    longest = max(max(x.original.shape[1:]) for x in shown)
+    scale = max(1, DRAWN // 2 // longest) if longest <= DRAWN else DRAWN / longest
     write_grid(args.output / "pictures.png", list(grid.values()), list(grid), [x.name for x in shown], scale)
     print(text)
     return 0
