@@ -9,7 +9,7 @@ are paired by name; where no names are the same, by what differs in them (image_
 is a picture, whatever its suffix.
 
 Writes OUTPUT/images/NAME.png. Outside the hole it says what the picture's file says: 16 bits a channel, the alpha channel,
-the colour profile, EXIF data and resolution are kept; an EXIF orientation is applied. Not kept: comments, thumbnails,
+the colour profile, EXIF data and resolution are kept; an EXIF orientation is applied. Not kept: comments (XMP too), thumbnails,
 further frames of an animation, CMYK.
 With --save-steps also OUTPUT/steps/NAME.png (the input, then the picture after every round), OUTPUT/masks/NAME.png (the
 tokens still masked after every round, white) and OUTPUT/steps/NAME.gif.
@@ -38,6 +38,7 @@ CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 SAMPLES = Path(__file__).resolve().parent / "samples"
 AT_ONCE = 16_000_000    # pixels that wait for the model or the disk; smaller sets are read before anything is written
 SMALL = (64, 64)        # width and height of the pictures that cat64.safetensors is for
+STEP_SIDE = 512         # pixels, the longer side of a round's picture with --save-steps
 LONGEST_NAME = 255      # bytes, on all common file systems
 
 Pair = tuple[str, Path, Path]    # name without suffix, file of the picture, file of its mask
@@ -210,8 +211,11 @@ def write_steps(rounds: list[Snapshot], strip: Path, mask_strip: Path, animation
 
     from pictures.images import write_image
 
+    size = rounds[-1].picture.shape[1:]
+    size = [max(1, round(side * min(1, STEP_SIDE / max(size)))) for side in size]
+
     def fit(image: Tensor) -> Tensor:    # nearest: pixels stay pixels
-        return F.interpolate(image[None].float(), size=rounds[-1].picture.shape[1:])[0].byte()
+        return F.interpolate(image[None].float(), size=size)[0].byte()
 
     pictures = [fit(snapshot.picture) for snapshot in rounds]                                    # (3, H, W) each
     masks = [fit(snapshot.masked[None].expand(3, -1, -1) * 255) for snapshot in rounds]

@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pictures.files import find_images
-from pictures.images import _to_tensor, open_rgb
+from pictures.images import open_rgb
 from utils import UserError, notice, progress
 
 LISTED = 10                 # unreadable pictures that are named, when they are skipped
@@ -24,7 +25,7 @@ def read_square(source: str | Path | BinaryIO, size: int, name: str | None = Non
     image = image.crop((left, top, left + side, top + side))
     if side != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return _to_tensor(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()      # (3, size, size)
 
 
 def load_folder(

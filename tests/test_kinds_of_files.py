@@ -3,6 +3,7 @@ import io
 import os
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,22 @@ def test_16_bit_colours_are_read_as_another_reader_reads_them(tmp_path):
     write_pixels(tmp_path / "ours.png", pixels)
     assert np.array_equal(cv2.imread(str(tmp_path / "ours.png"), cv2.IMREAD_UNCHANGED)[:, :, ::-1], pixels)
     assert read_image(tmp_path / "ours.png").permute(1, 2, 0).numpy() == pytest.approx(pixels / 257, abs=0.51)
+
+
+def test_16_bit_tiff_of_many_strips_and_transparent_colours(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    pixels = noise(3, np.uint16, 300, 200)
+    options = [cv2.IMWRITE_TIFF_COMPRESSION, 1, cv2.IMWRITE_TIFF_ROWSPERSTRIP, 32]
+    cv2.imwrite(str(tmp_path / "a.tif"), pixels[:, :, ::-1], options)
+    assert np.array_equal(read_picture(tmp_path / "a.tif").pixels, pixels)
+    for channels in (1, 3):    # tRNS: the first pixel's colour is transparent
+        pixels = noise(channels, np.uint16)
+        write_pixels(tmp_path / "key.png", pixels)
+        data, key = (tmp_path / "key.png").read_bytes(), b"tRNS" + pixels[0, 0].astype(">u2").tobytes()
+        chunk = struct.pack(">I", len(key) - 4) + key + struct.pack(">I", zlib.crc32(key))
+        (tmp_path / "key.png").write_bytes(data[:33] + chunk + data[33:])
+        read = read_picture(tmp_path / "key.png").pixels
+        assert np.array_equal(read[..., :-1], pixels) and (read[..., -1] == 0).sum() == 1 and read[0, 0, -1] == 0
 
 
 def test_an_erased_hole_becomes_visible(tmp_path):
