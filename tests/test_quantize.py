@@ -36,13 +36,6 @@ def test_types_shapes_and_range(shape):
     assert dequantize(values, scale).dtype == torch.float32 and dequantize(values, scale).shape == shape
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_dequantised_weights_are_the_exact_products(shape):
-    values, scale = quantize(weights(shape))
-    exact = values.double().flatten(1) * scale.double()[:, None]
-    assert torch.equal(dequantize(values, scale).double().flatten(1), exact)
-
-
 def test_the_second_time_changes_nothing_for_any_size_of_a_row():
     size = torch.logspace(-9, 6, 20_000)[:, None]
     values, scale = quantize(size * torch.tensor([1.0, -0.7, 0.3, 0.01]))
@@ -143,13 +136,6 @@ def test_a_file_in_8_bits_brings_the_rounded_weights_back(model, path):
             assert torch.equal(loaded.state_dict()[name], dequantize(*quantize(value)))
         else:
             assert torch.equal(loaded.state_dict()[name], value.half().float())
-
-
-def test_the_tokens_are_those_of_a_file_in_half_precision(model, path, tmp_path):
-    model.save_file(tmp_path / "half.safetensors")
-    image = 2 * torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
-    half, small = (MaskGIT.from_pretrained(p).vqgan.encode(image) for p in (tmp_path / "half.safetensors", path))
-    assert torch.equal(half, small)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.attention import count_parameters
-from models.autoencoder import Decoder, Downsample, Encoder, SpatialAttention, Upsample
+from models.autoencoder import Downsample, SpatialAttention, Upsample
 from models.local_autoencoder import PixelMLP
-from models.norms import ChannelNorm
 from models.vqgan import VQGAN, VQGANConfig
 from pictures.holes import random_holes
 
@@ -119,17 +118,6 @@ def test_visible_tokens_of_a_masked_picture_are_the_whole_pictures(default):
         assert torch.equal(default.encoder(masked).permute(0, 2, 3, 1)[visible], latents[visible])
 
 
-def test_reference_encoder_carries_the_hole_into_known_tokens():
-    """Why the local encoder is the default: with GroupNorm and attention every latent of a masked picture changes."""
-    model, image = small(**SMALL_REFERENCE), pictures(1, 32)
-    hole = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
-    hole[..., :6, :6] = True
-    change = (model.encoder(image) - model.encoder(image.masked_fill(hole, 0))).abs().amax(1)
-    assert (change > 0).all()
-    far = ~touched(hole, 4)
-    assert change[far].max() > 1e-3 * model.encoder(image).abs().mean()
-
-
 @pytest.mark.parametrize("options", [{}, SMALL_REFERENCE])
 def test_tokens_do_not_depend_on_the_callers_precision_or_batch(options):
     model, image = small(**options), pictures(6, 32)
@@ -223,12 +211,6 @@ def test_batch_of_two_decodes_as_two_of_one(default):
 
 # ---- parts ----
 
-def test_channel_norm_is_blind_to_the_rest_of_the_picture():
-    x = 3 + 5 * torch.randn(2, 8, 4, 6, generator=generator())
-    out = ChannelNorm(8)(x)
-    torch.testing.assert_close(out, (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt())
-
-
 def test_blocks_keep_their_input_where_their_last_layer_is_silent():
     x = torch.randn(2, 4, 8, generator=generator())
     mlp = PixelMLP(8)
@@ -257,15 +239,6 @@ def test_sampling_layers():
     padded[..., :6, :6] = x
     torch.testing.assert_close(down(x), F.conv2d(padded, down.conv.weight, down.conv.bias, stride=2))
     torch.testing.assert_close(up(x), up.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3)))
-
-
-def test_attention_goes_to_the_rows_that_were_asked_for():
-    for size, expected in ((16, 2 * 2), (8, 1 * 2), (4, 0)):    # of stages at 16, 16, 8 rows
-        encoder = Encoder([8, 8, 8, 8], [1], 4, image_size=16, attention_size=size)
-        assert sum(isinstance(layer, SpatialAttention) for layer in encoder.layers) == 1 + expected
-    for size, expected in ((8, 1 * 3), (16, 2 * 3), (4, 0)):    # of stages at 8, 16, 16 rows
-        decoder = Decoder([8, 8, 8], [0], 4, latent_size=8, attention_size=size)
-        assert sum(isinstance(layer, SpatialAttention) for layer in decoder.layers) == 1 + expected
 
 
 # ---- config ----
