@@ -8,7 +8,8 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --no-input
 # One single-threaded process for each core, four at most. An idle process takes over tests from a busy one.
 TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest --ignore=tests/browser -n auto --maxprocesses=4 --dist=worksteal
 
-# Training: folders of pictures, the setting, where the runs are written, and files of perceptual weights (default: downloaded).
+# Training: folders of pictures, the setting, where the runs are written, files of perceptual
+# weights (default: downloaded), and flags of the scores.
 TRAIN ?=
 VAL ?=
 CONFIG ?= configs/cat64.yml
@@ -16,6 +17,7 @@ RUNS ?= runs/$(basename $(notdir $(CONFIG)))
 FLAGS ?=
 PERCEPTUAL ?=
 SECOND ?=
+SCORES ?= --features none
 FOLDERS = --train-dir $(TRAIN) --val-dir $(VAL) --resume auto $(FLAGS)
 WEIGHTS = $(if $(PERCEPTUAL),--perceptual-weights $(PERCEPTUAL))
 
@@ -68,6 +70,9 @@ train: folders
 	$(RUN) training_finish.py --config $(CONFIG) $(FOLDERS) $(WEIGHTS) $(if $(SECOND),--second-weights $(SECOND)) \
 		--model $(RUNS)/maskgit/maskgit.safetensors --vqgan $(RUNS)/vqgan/last.pt --output-dir $(RUNS)/finish
 	$(RUN) -m tools.export --transformer $(RUNS)/maskgit/best.pt --vqgan $(RUNS)/finish/maskgit.safetensors --eight-bit --output $(RUNS)/model.safetensors
+	[ -d $(RUNS)/masks ] || $(RUN) -m tools.dataset holes $(VAL) --output $(RUNS)/masks
+	$(RUN) -m tools.ladder --checkpoint $(RUNS)/model.safetensors --originals $(VAL) --masks $(RUNS)/masks $(WEIGHTS) $(SCORES) --output $(RUNS)/scores
+	@echo "The model is $(RUNS)/model.safetensors, its scores are in $(RUNS)/scores/ladder.md"
 
 reference: CONFIG = configs/maskgit_reference.yml
 reference: folders
