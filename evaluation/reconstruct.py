@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from models import MaskGIT
-from models.completion import Filled, cut_windows, write_block
 from models.levels import Region, make_levels
+from models.pyramid import Filled, cut_windows, write_block
 
 BATCH = 16    # windows decoded together
 
@@ -21,10 +21,10 @@ def reconstruct(model: MaskGIT, image: Tensor, hole: Tensor, known: bool = True,
     Returns:
         uint8 (3, H, W).
     """
-    stride, (H, W) = model.vqgan.config.stride, hole.shape[1:]
-    [level] = make_levels(image, hole, 1, model.image_size, stride)
-    block = Region(0, level.hole.shape[1] // stride, 0, level.hole.shape[2] // stride)
-    part = cut_windows(model, level, block, None, 0, 1, everything=not paste)
+    c, (H, W) = model.vqgan.config, hole.shape[1:]
+    [level] = make_levels(image, hole, 1, c.image_size, c.stride)
+    block = Region(0, level.hole.shape[1] // c.stride, 0, level.hole.shape[2] // c.stride)
+    part = cut_windows(c, level, block, None, 0, 1, everything=not paste)
     if part is None:    # no hole
         return image
     decoded = []
@@ -35,6 +35,6 @@ def reconstruct(model: MaskGIT, image: Tensor, hole: Tensor, known: bool = True,
             decoded.append(model.decode(tokens, windows.masked_fill(masks, 0), masks.to(windows.dtype)).cpu())
         else:
             decoded.append(model.vqgan.decode(tokens).float().clamp(-1, 1).cpu())
-    write_block(level, block, part, Filled([torch.cat(decoded)], [], 0), stride, everything=not paste)
+    write_block(level, block, part, Filled([torch.cat(decoded)], [], 0), c.stride, everything=not paste)
     completed = level.pixels[:, :H, :W]
     return torch.where(hole, completed, image) if paste else completed

@@ -11,7 +11,7 @@ from evaluation.judge import Judge, format_score, is_distance
 from evaluation.sets import Picture
 from evaluation.sweeps import KEY, all_settings, complete
 from models import MaskGIT
-from models.completion import Snapshot
+from models.pyramid import Snapshot
 
 SHOWN = ("hole_psnr", "hole_ssim", "hole_perceptual", "seam")    # beside the distances, in the table of the best
 BEST = 10       # rows of that table

@@ -11,7 +11,8 @@ from evaluation import tables
 from evaluation.judge import Judge, Measurements
 from evaluation.sets import Picture
 from models import MaskGIT
-from models.completion import Job, Result, complete_pictures
+from models.completion import complete_pictures
+from models.pyramid import Job, Result
 from utils import UserError, atomic_write, fingerprint, seeded
 
 KEY = ("decoder", "mask_func", "total_iter", "sweet_spot", "temperature", "choice_temperature", "seed")

@@ -54,8 +54,9 @@ def rungs(model, args: argparse.Namespace, one_size: bool) -> dict[str, Rung]:
 
     from evaluation import baselines, sets
     from evaluation.reconstruct import reconstruct
-    from models.completion import Job, complete_pictures
+    from models.completion import complete_pictures
     from models.convert import resize
+    from models.pyramid import Job
 
     def tokenizer(**options) -> Rung:
         return lambda pictures: (reconstruct(model, x.original, x.hole, **options) for x in pictures)
