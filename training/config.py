@@ -9,7 +9,9 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from models.config import STRICT, Count
-from utils import UserError
+from models.local_autoencoder import condition_channels
+from models.vqgan import VQGANConfig
+from utils import UserError, notice
 
 Steps = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -47,6 +49,40 @@ class WindowsConfig(TrainConfig):
     windows: Steps = 0                  # windows that make up an epoch; 0: whole pictures
     guess_share: Fraction = 0.5         # share of the windows with a guess of the hole's content
     guess_gain: Positive = 1.0          # the weights of the guess's inputs move so many times as far; they may begin at zero
+
+
+def fit_decoder(values: dict[str, Any], fixed: list[str]) -> dict[str, Any]:
+    """The section vqgan with a decoder for its stride: one width and one number of blocks for each scale.
+
+    Scales that are missing get what the coarsest one has; those that are too many are left out. Keys in `fixed` stay.
+    """
+    stride, fitted = values.get("stride", 4), {}
+    if values.get("decoder") == "reference" or not isinstance(stride, int) or stride < 1:
+        return values
+    for name in ("decoder_channels", "decoder_blocks"):
+        given, scales = values.get(name, getattr(VQGANConfig(), name)), stride.bit_length()
+        if name not in fixed and isinstance(given, list) and given and len(given) != scales:
+            fitted[name] = [given[0]] * (scales - len(given)) + given[-scales:]
+    return values | tell("vqgan", fitted, f"stride {stride}")
+
+
+def fit_transformer(values: dict[str, Any], vqgan: VQGANConfig, fixed: list[str]) -> dict[str, Any]:
+    """The section transformer with what follows from the VQGAN. A key in `fixed` that differs is refused."""
+    needed = {"codebook_size": vqgan.codebook_size, "seq_len": vqgan.grid**2}
+    if values.get("pixel_dim", 0) != 0:    # 0: it sees tokens only
+        needed["pixel_dim"] = condition_channels(vqgan.guess) * vqgan.stride**2
+    wrong = {name: value for name, value in needed.items() if values.get(name, value) != value}
+    why = f"pictures of {vqgan.image_size} pixels, stride {vqgan.stride} and {vqgan.codebook_size} codes"
+    for name in wrong.keys() & set(fixed):
+        raise UserError(f"config transformer.{name} must be {wrong[name]} for {why}, got {values[name]}; leave it out")
+    return values | needed | tell("transformer", wrong, why)
+
+
+def tell(section: str, values: dict[str, Any], why: str) -> dict[str, Any]:
+    """Say what was derived."""
+    if values:
+        notice(f"{' '.join(f'{section}.{name}={value}' for name, value in values.items())} follows from {why}")
+    return values
 
 
 def check_size(section: str, config: Any, build: Callable[[], nn.Module]) -> None:

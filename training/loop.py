@@ -18,8 +18,9 @@ from training.processes import agreed_signal, check_split, errors_told_once, on_
 from training.run import Run
 from training.speed import check_capture
 from training.stopping import NotFinite, StopRequest
-from utils import UserError, seeded, writable_folder
+from utils import UserError, notice, seeded, writable_folder
 
+TELL_AFTER, DAY = 20, 24 * 3600    # seconds
 MAX_SKIPPED = 10    # steps that --on-nan skip leaves out before it gives up
 
 
@@ -65,7 +66,8 @@ def training_loop(run: Run, folder: Path, progress: Progress, on_nan: str = "sto
     """
     c, accelerator, total = run.config, run.accelerator, run.total_steps
     main, stopped = accelerator.is_main_process, 0
-    since = (time.perf_counter(), progress.step)    # of the last validation
+    began, first, told = time.perf_counter(), progress.step, False
+    since = (began, first)    # of the last validation
     with (
         StopRequest() as stop,
         contextlib.closing(Logger(folder, progress.step, main)) as logger,
@@ -80,6 +82,8 @@ def training_loop(run: Run, folder: Path, progress: Progress, on_nan: str = "sto
             torch.manual_seed(seeded(c.seed, "step", progress.step, accelerator.process_index).initial_seed())
             values = step_or_skip(run.train_step, progress, on_nan)
             progress.step += 1
+            if main and not told and time.perf_counter() - began > TELL_AFTER:
+                told = tell_estimate(run, progress.step, (time.perf_counter() - began) / (progress.step - first))
             shown = {name: f"{values[name]:.3g}" for name in ("loss", "learning_rate") if name in values}
             bar.set_postfix(shown, refresh=False)
             bar.update(c.batch_size)
@@ -97,6 +101,17 @@ def training_loop(run: Run, folder: Path, progress: Progress, on_nan: str = "sto
         print(f"stopped by signal {stopped} after step {progress.step}; continue with --resume auto", file=sys.stderr)
     accelerator.end_training()
     return 128 + stopped if stopped else 0
+
+
+def tell_estimate(run: Run, step: int, seconds: float) -> bool:
+    """Say how long the rest of the run takes at so many `seconds` a step."""
+    left, c = (run.total_steps - step) * seconds, run.config
+    duration = f"{left / 3600:.0f} hours" if left > 5 * 3600 else f"{max(1, left / 60):.0f} minutes"
+    text = f"about {duration} left for {run.total_steps - step:,} steps at {c.batch_size / seconds:.1f} images/s"
+    if left > DAY:
+        text += "; both stages of configs/small.yml take a quarter of an hour on a CPU, those of configs/tiny.yml a minute"
+    notice(text)
+    return True
 
 
 def validate(run: Run, epoch: int, folder: Path, progress: Progress, logger: Logger, speed: float) -> None:

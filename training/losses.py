@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants as hub
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -29,12 +32,22 @@ def hole_psnr(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
 
 def load_features(network: str, weights: str | None, scales: list[int], flag: str) -> PerceptualFeatures:
     """A perceptual network, with the weights in the file of a command's flag or, without one, downloaded."""
+    if weights is None:
+        hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE or not has_network()    # else it tries for a minute
     try:
         return PerceptualFeatures(network, weights, scales)
     except OSError as error:
         raise UserError(f"no weights for {network} ({error}); give them with {flag} FILE") from error
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
+
+
+def has_network() -> bool:
+    """Whether names of other machines are known here; with a proxy they need not be."""
+    try:
+        return bool(getproxies() or socket.getaddrinfo("huggingface.co", 443))
+    except OSError:
+        return False
 
 
 def validation_holes(run: Run) -> Tensor:

@@ -42,6 +42,12 @@ def add_perceptual_flag(parser: Parser) -> None:
     parser.add_argument("--perceptual-weights", help="file with the perceptual network's weights (default: downloaded)")
 
 
+def keys_set(args: Any, section: str) -> list[str]:
+    """The keys of a section that --set names."""
+    names = (override.partition("=")[0] for override in args.set)
+    return [name.removeprefix(f"{section}.") for name in names if name.startswith(f"{section}.")]
+
+
 def load_sections(args: Any, stage: str) -> dict[str, dict[str, Any]]:
     """All sections of the config file with --set; in the section `stage` the flags that were given win."""
     given = load_config(args.config, args.set)

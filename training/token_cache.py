@@ -27,17 +27,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from models.vqgan import VQGAN
 from pictures.files import find_images
 from pictures.folders import read_square
 from pictures.images import to_float
-from pictures.shards import is_shards, open_shards
+from pictures.shards import count_pictures, is_shards, open_shards
 from training.processes import on_main
-from utils import UserError, atomic_write, fingerprint
+from utils import UserError, atomic_write, fingerprint, progress
 
 PIECE = 1024    # files of a folder in a piece; pictures held at a time
+BATCH = 128     # pictures encoded at a time
 
 
 class Piece(NamedTuple):
@@ -49,9 +49,14 @@ class Piece(NamedTuple):
 
 
 @torch.no_grad()
-def encode(vqgan: VQGAN, images: Tensor, device: torch.device, batch_size: int = 128) -> Tensor:
+def encode(vqgan: VQGAN, images: Tensor, device: torch.device, batch_size: int = BATCH) -> Tensor:
     """Tokens of pictures (M, 3, H, W) uint8: (M, N)."""
-    return torch.cat([vqgan.encode(to_float(part.to(device))).cpu() for part in images.split(batch_size)])
+    with progress(total=len(images), desc="encoding", unit="picture", disable=len(images) <= batch_size) as bar:
+        tokens = []
+        for part in images.split(batch_size):
+            tokens.append(vqgan.encode(to_float(part.to(device))).cpu())
+            bar.update(len(part))
+    return torch.cat(tokens)
 
 
 def open_tokens(
@@ -132,16 +137,27 @@ def build(
     """Write the pieces that are missing. `encode`: (n, 3, size, size) uint8 -> (n, N) tokens below 65536."""
     missing = [piece for piece in pieces if not all(path.exists() for path in _paths(folder, piece, mirror, pixels))]
     bad: list[UserError] = []
-    for piece in tqdm(missing, desc="encoding", unit="piece", disable=None if missing else True):
-        with contextlib.ExitStack() as stack:
-            outputs = [stack.enter_context(_open(path)) for path in _paths(folder, piece, mirror, pixels)]
-            for images in _read(piece, size, bad_images, bad):
-                sides = [images, images.flip(3)] if mirror else [images]
-                arrays = [encode(side).numpy().astype(np.uint16) for side in sides] + [images.numpy()] * pixels
-                for file, array in zip(outputs, arrays, strict=True):
-                    file.write(array.tobytes())
+    count = sum(map(_count, missing)) or None
+    with progress(total=count, desc="encoding the training set", unit="picture", disable=not missing) as bar:
+        for piece in missing:
+            with contextlib.ExitStack() as stack:
+                outputs = [stack.enter_context(_open(path)) for path in _paths(folder, piece, mirror, pixels)]
+                for images in (part for whole in _read(piece, size, bad_images, bad) for part in whole.split(BATCH)):
+                    sides = [images, images.flip(3)] if mirror else [images]
+                    arrays = [encode(side).numpy().astype(np.uint16) for side in sides] + [images.numpy()] * pixels
+                    for file, array in zip(outputs, arrays, strict=True):
+                        file.write(array.tobytes())
+                    bar.update(len(images))
     if bad:
         print(f"skipped {len(bad)} pictures:", *bad[:10], *["..."] * (len(bad) > 10), sep="\n  ", file=sys.stderr)
+
+
+def _count(piece: Piece) -> int:
+    """Pictures in a piece; 0 where they can't be counted."""
+    try:
+        return len(piece.files) if piece.shard is None else count_pictures(piece.shard)
+    except UserError:    # a shard on another machine, or a broken one, which reading it will say
+        return 0
 
 
 def _paths(folder: Path, piece: Piece, mirror: bool, pixels: bool) -> list[Path]:

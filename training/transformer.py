@@ -8,7 +8,7 @@ from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -19,15 +19,16 @@ from models.config import STRICT, Count
 from models.maskgit import MaskGIT, pixel_to_token_mask
 from models.schedule import SCHEDULES
 from models.transformer import TransformerConfig
+from models.vqgan import VQGANConfig
 from pictures.folders import load_folder
 from pictures.images import to_float
-from training.config import Fraction, Positive, Steps, Weight, WindowsConfig, check_size
+from training.config import Fraction, Positive, Steps, Weight, WindowsConfig, check_size, fit_transformer
 from training.loop import is_due, run_stage
 from training.losses import validation_holes, write_grid
 from training.masks import open_masks
 from training.muon import Muon
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
-from training.options import load_sections
+from training.options import keys_set, load_sections
 from training.pictures_by_step import check_one_batch, input_pictures
 from training.processes import on_main
 from training.run import Run
@@ -70,9 +71,8 @@ class TrainTransformerConfig(WindowsConfig):
 def train(args: argparse.Namespace) -> int:
     """Run the command with its flags. Returns the exit code."""
     sections = load_sections(args, "train_transformer")
-    model_config = build_config(TransformerConfig, sections["transformer"], "transformer")
     c = build_config(TrainTransformerConfig, sections["train_transformer"], "train_transformer")
-    return run_stage(args, c, TransformerRun.KIND, lambda accelerator: build_run(args, model_config, c, accelerator))
+    return run_stage(args, c, TransformerRun.KIND, lambda accelerator: build_run(args, sections, c, accelerator))
 
 
 @plain_dataclass
@@ -130,10 +130,13 @@ class TransformerRun(Run):
 
 
 def build_run(
-    args: argparse.Namespace, model_config: TransformerConfig, c: TrainTransformerConfig, accelerator: Accelerator
+    args: argparse.Namespace, sections: dict[str, dict], c: TrainTransformerConfig, accelerator: Accelerator
 ) -> TransformerRun:
     """Model, pictures, tokens and optimizer, on their device."""
     vqgan = on_main(accelerator, lambda: load_vqgan(args.vqgan))
+    check_vqgan(args, sections["vqgan"], vqgan.config)
+    values = fit_transformer(sections["transformer"], vqgan.config, keys_set(args, "transformer"))
+    model_config = build_config(TransformerConfig, values, "transformer")
     vqgan = vqgan_with_guess(vqgan) if c.windows else vqgan
     check_size("transformer", model_config, lambda: MaskGIT(vqgan.config, model_config))
     torch.manual_seed(c.seed)
@@ -171,6 +174,14 @@ def build_run(
     if args.capture:
         run.captured = Captured(partial(gradients, run), run.plain.transformer.parameters())
     return run
+
+
+def check_vqgan(args: argparse.Namespace, section: dict[str, Any], config: VQGANConfig) -> None:
+    """Refuse a --set of the VQGAN that is not what --vqgan was trained with."""
+    for name in keys_set(args, "vqgan"):
+        trained = getattr(config, name, None)
+        if section[name] != trained:
+            raise UserError(f"--set vqgan.{name}={section[name]}: --vqgan {args.vqgan} was trained with {trained}")
 
 
 def make_optimizer(transformer: nn.Module, c: TrainTransformerConfig) -> torch.optim.Optimizer:

@@ -19,12 +19,12 @@ from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual
 from models.vqgan import VQGAN, VQGANConfig
 from pictures.folders import load_folder
 from pictures.images import to_float
-from training.config import Fraction, Positive, TrainConfig, Weight, check_size
+from training.config import Fraction, Positive, TrainConfig, Weight, check_size, fit_decoder
 from training.loop import run_stage
 from training.losses import hole_l1, hole_psnr, load_features, validation_holes, write_grid
 from training.masks import open_masks
 from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
-from training.options import load_sections
+from training.options import keys_set, load_sections
 from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures
 from training.processes import on_main
 from training.run import Run
@@ -56,7 +56,10 @@ class TrainVQGANConfig(TrainConfig):
 def train(args: argparse.Namespace) -> int:
     """Run the command with its flags. Returns the exit code."""
     sections = load_sections(args, "train_vqgan")
-    model_config = build_config(VQGANConfig, sections["vqgan"], "vqgan")
+    model_config = build_config(VQGANConfig, fit_decoder(sections["vqgan"], keys_set(args, "vqgan")), "vqgan")
+    if model_config.image_size % 8:
+        reason = "as the loss halves pictures three times"
+        raise UserError(f"config vqgan.image_size must be a multiple of 8, {reason}, got {model_config.image_size}")
     c = build_config(TrainVQGANConfig, sections["train_vqgan"], "train_vqgan")
     check_size("vqgan", model_config, lambda: VQGAN(model_config))
     check_size("train_vqgan", c, lambda: build_discriminator(c))
