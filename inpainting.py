@@ -9,8 +9,8 @@ are paired by name; where no names are the same, by what differs in them (image_
 is a picture, whatever its suffix.
 
 Writes OUTPUT/images/NAME.png. Outside the hole it says what the picture's file says: 16 bits a channel, the alpha channel,
-the colour profile, EXIF data and resolution are kept; an EXIF orientation is applied. Not kept: comments (XMP too), thumbnails,
-further frames of an animation, CMYK.
+the colour profile, EXIF data and resolution are kept; an EXIF orientation is applied. Not kept: comments (XMP too),
+thumbnails, further frames of an animation, CMYK.
 With --save-steps also OUTPUT/steps/NAME.png (the input, then the picture after every round), OUTPUT/masks/NAME.png (the
 tokens still masked after every round, white) and OUTPUT/steps/NAME.gif.
 """
@@ -25,7 +25,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from utils import Parser, UserError, atomic_write, notice, pick_device, progress, run_cli, seeded, writable_folder
+from utils import (
+    Parser,
+    UserError,
+    amount,
+    atomic_write,
+    count,
+    notice,
+    pick_device,
+    progress,
+    run_cli,
+    seeded,
+    writable_folder,
+)
 
 if TYPE_CHECKING:    # slow to import, and --help does without
     from torch import Tensor
@@ -63,16 +75,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole (default: %(default)s)")
     flag("--output", default="out", help="folder for the results (default: %(default)s)")
     flag("--paste", action=argparse.BooleanOptionalAction, default=True, help="put the known pixels back, bit for bit")
-    flag("--total-iter", type=int, metavar="T", help="rounds of the schedule (default: as many as a picture needs)")
-    flag("--max-iter", type=int, default=8, metavar="N", help="without --total-iter: at most so many (default: %(default)s)")
+    flag("--total-iter", type=count, metavar="T", help="rounds of a schedule (default: as many as needed)")
+    flag("--max-iter", type=count, default=8, metavar="N", help="without --total-iter: at most so many (default: %(default)s)")
     flag("--mask-func", default="cosine", metavar="NAME",
          help="schedule of --total-iter: cosine, linear, square, sqrt, cubic or arccos (default: %(default)s)")
-    flag("--sweet-spot", type=int, help="stop after this round, 1..T; the schedule still follows T (default: T)")
+    flag("--sweet-spot", type=count, help="stop after this round, 1..T; the schedule still follows T (default: T)")
     flag("--decoder", default="maskgit", metavar="NAME", help="maskgit, halton or reference (default: %(default)s)")
-    flag("--temperature", type=float, default=1.0,
+    flag("--temperature", type=amount, default=1.0,
          help="0: likeliest token, below 1: safer, above: more variety (default: %(default)s)")
-    flag("--choice-temperature", type=float, default=4.5, help="noise in the order of filling (default: %(default)s)")
-    flag("--num-samples", type=int, default=1, help="completions of each picture: NAME_s0.png, NAME_s1.png, ...")
+    flag("--choice-temperature", type=amount, default=4.5, help="noise in the order of filling (default: %(default)s)")
+    flag("--num-samples", type=count, default=1, help="completions of each picture: NAME_s0.png, NAME_s1.png, ...")
     flag("--seed", type=int, default=0, help="another one gives other completions (default: %(default)s)")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
          help="auto: bf16, about twice as fast, where the hardware multiplies in it (default: %(default)s)")
@@ -80,14 +92,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
          help="compile the transformer's blocks (torch.compile): takes about 30 s, worth it for many pictures; results "
               "differ by rounding")
     flag("--save-steps", action="store_true", help="write pictures, token masks and an animation of the rounds")
-    flag("--batch-size", type=int, default=16, help="pictures computed together (default: %(default)s)")
+    flag("--batch-size", type=count, default=16, help="pictures computed together (default: %(default)s)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     flag("--skip-bad", action="store_true", help="leave out pictures that can't be used instead of stopping")
     return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what can't work before anything is read or written."""
+    """Refuse what the parser can't, before anything is read or written."""
     from models.decoding import DECODERS
     from models.schedule import SCHEDULES
 
@@ -95,17 +107,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"unknown --mask-func {args.mask_func!r}; expected one of {', '.join(SCHEDULES)}")
     if args.decoder not in DECODERS:
         raise UserError(f"unknown --decoder {args.decoder!r}; expected one of {', '.join(DECODERS)}")
-    for name in ("total_iter", "max_iter", "batch_size", "num_samples"):
-        value = getattr(args, name)
-        if value is not None and not 1 <= value < 2**31:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.sweet_spot is not None and args.total_iter is None:
         raise UserError("--sweet-spot is a round of --total-iter: give --total-iter too")
-    if args.sweet_spot is not None and not 1 <= args.sweet_spot <= args.total_iter:
+    if args.sweet_spot is not None and args.sweet_spot > args.total_iter:
         raise UserError(f"--sweet-spot must lie in 1..{args.total_iter} (--total-iter), got {args.sweet_spot}")
-    for name in ("temperature", "choice_temperature"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
 
 
 # ---- files ----
@@ -280,13 +285,13 @@ def main(argv: list[str] | None = None) -> int:
     steps: list[int] = []
     with progress(total=len(pairs) * args.num_samples, desc="completing", unit="picture") as bar:
 
-        def count(rounds: int) -> None:
+        def written(rounds: int) -> None:
             steps.append(rounds)
             bar.update()
 
         try:
             for model, part in groups:
-                complete(model, part, precision, args, count)
+                complete(model, part, precision, args, written)
         except UserError as error:
             if not steps:
                 raise

@@ -84,6 +84,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def count(text: str) -> int:
+    """A flag's type: a whole number, 1 or more."""
+    if not text.strip().lstrip("+-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    if not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be at least 1 and less than 2^31, got {text}")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """A flag's type: a number, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
 # ---- notices and progress ----
 
 _told: dict[str, list[str]] = {}    # kind of notice -> the files that it was not printed for

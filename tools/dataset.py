@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import Parser, UserError, atomic_write, progress, run_cli, seeded
+from utils import Parser, UserError, atomic_write, count, progress, run_cli, seeded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +49,8 @@ def check(args: argparse.Namespace) -> int:
     print(f"{len(pictures):,} pictures in {len(folders)} folder(s); near = correlation of {args.threshold} or more")
     for folder in folders:
         inside = [group for group in groups if group.folders == {folder}]
-        count = sum(picture.folder == folder for picture in pictures)
-        print(f"  {folder}: {count:,} pictures; groups of duplicates inside: {_count(inside)}")
+        total = sum(picture.folder == folder for picture in pictures)
+        print(f"  {folder}: {total:,} pictures; groups of duplicates inside: {_count(inside)}")
         _print_groups(inside, args.list)
     crossing = [group for group in groups if len(group.folders) > 1]
     print(f"across folders: {_count(crossing)}" + (" (a leak)" if crossing else ""))
@@ -103,15 +103,15 @@ def assign(groups: list[Group], val_share: float, test_share: float, seed: int) 
 
     In the order of their seeded hash, groups go to val while they fit in its share, then to test, the rest to train.
     """
-    count = sum(len(group.pictures) for group in groups)
-    room = {name: max(1, round(share * count)) for name, share in (("val", val_share), ("test", test_share)) if share}
+    total = sum(len(group.pictures) for group in groups)
+    room = {name: max(1, round(share * total)) for name, share in (("val", val_share), ("test", test_share)) if share}
     parts: dict[str, list[Fingerprint]] = {"train": [], **{name: [] for name in room}}
     for group in sorted(groups, key=lambda group: _seeded(group.pictures[0].digest, seed)):
         part = next((name for name in room if len(parts[name]) + len(group.pictures) <= room[name]), "train")
         parts[part] += group.pictures
     for name, pictures in parts.items():
         if not pictures:
-            raise UserError(f"no picture is left for {name}: the {count} picture(s) form {len(groups)} group(s) of "
+            raise UserError(f"no picture is left for {name}: the {total} picture(s) form {len(groups)} group(s) of "
                             "duplicates, which stay together; give more pictures or other shares")
     return parts
 
@@ -212,8 +212,6 @@ def shards(args: argparse.Namespace) -> int:
         distinct = False
     if not distinct or output.suffix != ".tar":
         raise UserError(f"--output {output} must number the shards, such as shards-%06d.tar")
-    if min(args.size, args.shard_size) < 1:
-        raise UserError(f"--size ({args.size}) and --shard-size ({args.shard_size}) must be at least 1")
     files = list(find_images(args.source).values())
     names = [output.name % i for i in range(-(-len(files) // args.shard_size))]
     if existing := [name for name in names if (output.parent / name).exists()]:
@@ -252,15 +250,15 @@ def _parser() -> Parser:
     command.add_argument("--kind", choices=("walks", "all", "hard"), default="walks",
                          help="walks: random walks, as in the usual test set; all: as in training; hard: half of the "
                               "picture and more (%(default)s)")
-    command.add_argument("--size", type=int, default=64, help="pixels a side that walks are drawn on (%(default)s)")
+    command.add_argument("--size", type=count, default=64, help="pixels a side that walks are drawn on (%(default)s)")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=holes)
 
     command = commands.add_parser("shards", help="pack a folder into WebDataset tar files")
     command.add_argument("source", metavar="SRC", help="folder of pictures")
     command.add_argument("--output", required=True, metavar="PATTERN", help="such as DIR/shards-%%06d.tar")
-    command.add_argument("--size", type=int, required=True, help="pixels a side")
-    command.add_argument("--shard-size", type=int, default=1000, help="pictures a shard (%(default)s)")
+    command.add_argument("--size", type=count, required=True, help="pixels a side")
+    command.add_argument("--shard-size", type=count, default=1000, help="pictures a shard (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of the order in the shards")
     command.set_defaults(run=shards)
     return parser

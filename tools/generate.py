@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils import Parser, UserError, pick_device, progress, run_cli, seeded, writable_folder
+from utils import Parser, UserError, amount, count, pick_device, progress, run_cli, seeded, writable_folder
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -20,23 +20,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--checkpoint", default=str(HERE / "checkpoints/cat64.safetensors"), help="model (default: the bundled one)")
     flag("--output", default="out/generated", help="folder for the results (default: %(default)s)")
-    flag("--count", type=int, default=16, help="number of pictures (default: %(default)s)")
+    flag("--count", type=count, default=16, help="number of pictures (default: %(default)s)")
     flag("--seeds", type=int, nargs="+", help="one picture for each of these seeds, instead of --count and --seed")
     flag("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
     flag("--mask-func", default="arccos", metavar="NAME",
          help="schedule: cosine, linear, square, sqrt, cubic or arccos (default: %(default)s)")
-    flag("--total-iter", type=int, default=16, help="T, rounds (default: %(default)s)")
+    flag("--total-iter", type=count, default=16, help="T, rounds (default: %(default)s)")
     flag("--decoder", default="maskgit", metavar="NAME", help="maskgit, halton or reference (default: %(default)s)")
-    flag("--temperature", type=float, default=0.9, help="below 1: safer, more alike (default: %(default)s)")
-    flag("--choice-temperature", type=float, default=6.0, help="noise in the order of filling (default: %(default)s)")
-    flag("--batch-size", type=int, default=16)
+    flag("--temperature", type=amount, default=0.9, help="below 1: safer, more alike (default: %(default)s)")
+    flag("--choice-temperature", type=amount, default=6.0, help="noise in the order of filling (default: %(default)s)")
+    flag("--batch-size", type=count, default=16)
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     flag("--holes", action="store_true", help="also write a random hole mask for each picture")
     return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what can't work before anything is read or written."""
+    """Refuse what the parser can't, before anything is read or written."""
     from models.decoding import DECODERS
     from models.schedule import SCHEDULES
 
@@ -44,12 +44,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"unknown --mask-func {args.mask_func!r}; expected one of {', '.join(SCHEDULES)}")
     if args.decoder not in DECODERS:
         raise UserError(f"unknown --decoder {args.decoder!r}; expected one of {', '.join(DECODERS)}")
-    for name in ("count", "batch_size", "total_iter"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("temperature", "choice_temperature"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
     if min(args.seeds or [args.seed]) < 0 or max(args.seeds or [args.seed + args.count]) >= 2**63:
         raise UserError("--seed and --seeds must be whole numbers from 0 to 2^63 - 1")
 
