@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from models import MaskGIT
-from models.decoding import DECODERS, Round, _confidence, halton_order, iterative_decode, lowest, radical_inverse
+from models.decoding import DECODERS, Round, halton_order, iterative_decode
 from models.schedule import SCHEDULES, gamma
-from models.transformer import BidirectionalTransformer, TransformerConfig
 
 N, K = 36, 11    # a 6x6 grid
 MASK = K
@@ -50,6 +49,7 @@ def rows(*holes: int) -> tuple[Tensor, Tensor]:
 
 def decode(tokens: Tensor, mask: Tensor, table=None, **options) -> list[Round]:
     options.setdefault("generators", seeds(*range(len(tokens))))
+    options.setdefault("total_iter", 10)
     return iterative_decode(tokens, mask, table or Table(), mask_token_id=MASK, **options)
 
 
@@ -76,9 +76,10 @@ def test_known_tokens_stay_and_no_mask_token_is_left(decoder, total_iter):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_accepted_tokens_never_change_again(decoder):
+@pytest.mark.parametrize("total_iter", [8, None])
+def test_accepted_tokens_never_change_again(decoder, total_iter):
     tokens, mask = rows(20, N)
-    rounds = decode(tokens, mask, decoder=decoder, total_iter=8)
+    rounds = decode(tokens, mask, decoder=decoder, total_iter=total_iter, entropy_budget=6.0)
     for a, b in zip(rounds, rounds[1:], strict=False):
         assert torch.equal(a.tokens[~a.masked], b.tokens[~a.masked])
 
@@ -168,12 +169,47 @@ def test_every_round_is_reported():
     assert seen == [1, 2, 3]
 
 
-def test_half_precision_logits_are_ranked_in_float32():
-    tokens, mask = rows(20)
-    table = Table()
-    half = decode(tokens, mask, lambda t: table(t).bfloat16(), total_iter=4)
-    full = decode(tokens, mask, lambda t: table(t).bfloat16().float(), total_iter=4)
-    assert all(same(a, b) for a, b in zip(half, full, strict=True))
+# ---- rounds by need ----
+
+
+def flat(tokens: Tensor) -> Tensor:
+    """Every code is as likely as every other: an entropy of log K for each token."""
+    return torch.zeros(int((tokens == MASK).sum()), K)
+
+
+def by_need(*holes: int, budget: float, table=flat, **options) -> list[list[int]]:
+    """How many tokens of each row are masked after every round."""
+    rounds = decode(*rows(*holes), table, total_iter=None, entropy_budget=budget, **options)
+    return [[int(r.masked[row].sum()) for r in rounds] for row in range(len(holes))]
+
+
+@pytest.mark.parametrize("decoder", ["maskgit", "halton"])
+def test_a_round_accepts_what_the_budget_pays_for(decoder):
+    ten = 10 * math.log(K) + 0.01
+    assert by_need(25, 5, 10, 0, budget=ten, decoder=decoder) == [[15, 5, 0], [0] * 3, [0] * 3, [0] * 3]
+    assert by_need(25, budget=ten, windows=[2], decoder=decoder) == [[5, 0]]
+    assert by_need(25, budget=1e6, decoder=decoder) == [[0]]
+
+
+def test_at_least_one_token_a_round_and_all_in_the_last():
+    assert by_need(9, 2, budget=0.0, max_iter=4) == [[8, 7, 6, 0], [1, 0, 0, 0]]
+
+
+def test_sure_tokens_cost_nothing():
+    sure = torch.zeros(K)
+    sure[3] = 100.0
+    assert by_need(N, budget=0.01, table=lambda t: sure.expand(int((t == MASK).sum()), K)) == [[0]]
+
+
+def test_a_smaller_budget_takes_more_rounds_and_rows_stay_apart():
+    counts = [len(by_need(N, budget=b, table=Table())[0]) for b in (1e6, 30.0, 10.0, 3.0)]
+    assert counts == sorted(counts) and counts[0] == 1 < counts[-1]
+    tokens, mask = rows(4, 20, N)
+    options = dict(total_iter=None, entropy_budget=8.0)
+    batch = decode(tokens, mask, generators=seeds(4, 5, 6), **options)[-1]
+    for i in range(3):
+        single = decode(tokens[i : i + 1], mask[i : i + 1], generators=seeds(4 + i), **options)[-1]
+        assert torch.equal(single.tokens[0], batch.tokens[i])
 
 
 # ---- the reference, written straight down ----
@@ -234,16 +270,6 @@ def test_sampled_tokens_are_as_frequent_as_the_softmax_says(decoder, temperature
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_neighbours_are_sampled_independently():
-    draws = 10_000
-    rounds = decode(
-        torch.zeros(1, draws, dtype=torch.long), torch.ones(1, draws, dtype=torch.bool), lambda t: torch.zeros(draws, 2),
-        total_iter=1,
-    )    # fmt: skip
-    x = rounds[-1].tokens.flatten()
-    assert abs((x[1:] == x[:-1]).double().mean().item() - 0.5) < 4 * 0.5 / math.sqrt(draws)
-
-
 @pytest.mark.parametrize("decoder", ["maskgit", "halton"])
 def test_temperature_zero_takes_the_likeliest(decoder):
     tokens, mask = rows(20, N)
@@ -270,52 +296,6 @@ def test_without_noise_the_most_confident_are_kept():
     for i in range(2):
         kept = mask[i] & ~first.masked[i]
         assert log_p[i][kept].min() >= log_p[i][first.masked[i]].max()
-
-
-@pytest.mark.parametrize("decoder", ["maskgit", "reference"])
-def test_noise_falls_over_the_rounds(decoder):
-    T, score, uniform = 8, torch.zeros(1, 1000), torch.rand(1, 1000, generator=rng())
-    spread = [_confidence(decoder, score, t, T, 4.5, uniform).std().item() for t in range(1, T + 1)]
-    assert spread == sorted(spread, reverse=True)
-    assert (spread[-1] == 0) == (decoder == "maskgit")    # exactly 0 in the last round; the reference never gets there
-    gumbel = math.pi / math.sqrt(6)                       # standard deviation of the Gumbel distribution
-    first = 4.5 * (1 - 1 / T) if decoder == "maskgit" else 4.5
-    assert spread[0] == pytest.approx(first * gumbel, rel=0.1)
-    score = torch.randn(1, 1000, generator=rng(1))
-    torch.testing.assert_close(_confidence("maskgit", score, T, T, 4.5, uniform), score, rtol=0, atol=0)
-
-
-def test_noise_is_finite_for_every_uniform_number():
-    edge = torch.tensor([[0.0, torch.finfo(torch.float32).tiny, 0.5, 1 - 2**-24]])
-    assert torch.isfinite(_confidence("maskgit", torch.zeros(1, 4), 1, 2, 4.5, edge)).all()
-
-
-def order_correlation(decoder: str) -> float:
-    """Rank correlation of confidence with the probability of the picked token, in the middle of 10 rounds."""
-    p = 10 ** (-4 * torch.rand(1, 5000, generator=rng()))    # as sampled from a codebook of some 1,000 codes
-    uniform = torch.rand(1, 5000, generator=rng(1))
-    score = p if decoder == "reference" else p.log()
-    ranks = torch.stack([p, _confidence(decoder, score, 5, 10, 4.5, uniform)]).argsort(-1).argsort(-1).double()
-    return torch.corrcoef(ranks.view(2, -1))[0, 1].item()
-
-
-def test_order_goes_by_confidence_more_than_the_reference_does():
-    # Probabilities differ by less than 1, log-probabilities by several: the same noise drowns the first only.
-    assert order_correlation("maskgit") > 0.5
-    assert abs(order_correlation("reference")) < 0.1
-
-
-def test_lowest_marks_by_rank():
-    x = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
-    marked = lowest(x, torch.tensor([2, 3, 0]))
-    assert marked.tolist() == [[False, True, False, True], [True, True, True, False], [False] * 4]
-    assert lowest(x, torch.tensor([4, 4, 4])).all()
-
-
-def test_radical_inverse_mirrors_digits():
-    n = torch.arange(7)
-    assert radical_inverse(n, 2).tolist() == [0, 1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8, 3 / 8]
-    torch.testing.assert_close(radical_inverse(n, 3) * 9, torch.tensor([0, 3, 6, 1, 4, 7, 2]).double())
 
 
 def quadrant_error(order: Tensor, side: int) -> int:
@@ -363,6 +343,9 @@ def test_halton_fills_the_hole_in_its_order():
         ({"schedule": "cosin"}, "unknown mask schedule 'cosin'"),
         ({"schedule": "cosin", "decoder": "reference"}, "unknown mask schedule 'cosin'"),
         ({"total_iter": 0}, "total_iter must be at least 1, got 0"),
+        ({"max_iter": 0}, "max_iter"),
+        ({"total_iter": None, "sweet_spot": 2}, "give total_iter"),
+        ({"total_iter": None, "entropy_budget": -1.0}, "entropy_budget"),
         ({"total_iter": 5, "sweet_spot": 6}, r"sweet_spot must lie in 1..total_iter \(5\), got 6"),
         ({"total_iter": 5, "sweet_spot": 0}, "sweet_spot must lie in 1..total_iter"),
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1"),
@@ -422,19 +405,6 @@ def test_logits_of_masked_tokens_are_those_of_a_whole_pass(model):
             x = torch.where(torch.rand(tokens.shape, generator=rng()) < share, model.mask_token_id, tokens)
             expected = model.transformer(x, pixels)[x == model.mask_token_id]
             assert torch.equal(model.masked_logits(x, pixels), expected)    # bit for bit
-
-
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_a_transformer_gives_logits_where_they_are_wanted(pre_norm):
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        codebook_size=K, seq_len=N, embed_dim=16, depth=2, num_heads=2, mlp_dim=32, pre_norm=pre_norm
-    )
-    transformer = BidirectionalTransformer(config).eval()
-    torch.nn.init.normal_(transformer.bias)
-    tokens, places = rows(9, 9)[0], torch.tensor([70, 0, 35, 36, 36])    # any order, twice too
-    expected = transformer(tokens).flatten(0, 1)[places]
-    torch.testing.assert_close(transformer(tokens, positions=places), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_codes_are_told_apart_in_float32(model):
