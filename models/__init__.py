@@ -1,4 +1,4 @@
-"""The models: `from models import MaskGIT`."""
+"""The models: `from models import MaskGIT`; installed, the package is called `maskgit_inpainting`."""
 
 from .maskgit import MaskGIT
 
