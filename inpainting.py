@@ -17,6 +17,7 @@ tokens still masked after every round, white) and OUTPUT/steps/NAME.gif.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections import deque
@@ -76,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--output", default="out", help="folder for the results (default: %(default)s)")
     flag("--paste", action=argparse.BooleanOptionalAction, default=True, help="put the known pixels back, bit for bit")
     flag("--total-iter", type=count, metavar="T", help="rounds of a schedule (default: as many as needed)")
-    flag("--max-iter", type=count, default=8, metavar="N", help="without --total-iter: at most so many (default: %(default)s)")
+    flag("--max-iter", type=count, default=8, metavar="N", help="most rounds without --total-iter (default: %(default)s)")
     flag("--mask-func", default="cosine", metavar="NAME",
          help="schedule of --total-iter: cosine, linear, square, sqrt, cubic or arccos (default: %(default)s)")
     flag("--sweet-spot", type=count, help="stop after this round, 1..T; the schedule still follows T (default: T)")
@@ -93,7 +94,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
               "differ by rounding")
     flag("--save-steps", action="store_true", help="write pictures, token masks and an animation of the rounds")
     flag("--batch-size", type=count, default=16, help="pictures computed together (default: %(default)s)")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (Apple; untried)")
     flag("--skip-bad", action="store_true", help="leave out pictures that can't be used instead of stopping")
     return parser.parse_args(argv)
 
@@ -134,8 +135,6 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
 
 def by_checkpoint(pairs: list[Pair], args: argparse.Namespace) -> dict[str, list[Pair]]:
     """The pairs by the model that completes them."""
-    from pictures.images import read_size
-
     small, photo = (str(CHECKPOINTS / f"{name}.safetensors") for name in ("cat64", "photo"))
     if args.checkpoint:
         return {args.checkpoint: pairs}
@@ -143,11 +142,21 @@ def by_checkpoint(pairs: list[Pair], args: argparse.Namespace) -> dict[str, list
         return {small: pairs}
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
-        groups.setdefault(small if read_size(pair[1]) == SMALL else photo, []).append(pair)
+        groups.setdefault(photo if size_of(pair[1]) not in (SMALL, None) else small, []).append(pair)
     if photo in groups:
         notice(f"{len(groups[photo]):,} picture(s) are not {SMALL[0]}x{SMALL[1]}: completed with {Path(photo).name} "
                "(--checkpoint overrides)")    # fmt: skip
     return groups
+
+
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Width and height of a picture; None of a file that can't be read, which is told when it is its turn."""
+    from pictures.images import read_size
+
+    try:
+        return read_size(path)
+    except UserError:
+        return None
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -172,14 +181,13 @@ def outputs(name: str, args: argparse.Namespace) -> list[Path]:
 def read_tasks(pairs: list[Pair], args: argparse.Namespace) -> Iterator[Task]:
     """Every completion to make. Its seed depends on --seed, the picture's name and the sample's number only."""
     from pictures.ahead import read_ahead
-    from pictures.images import read_picture, read_size
+    from pictures.images import read_picture
     from pictures.masks import check_hole, read_mask
 
     read_mask = lru_cache(maxsize=1)(read_mask)    # one mask may serve all pictures
 
-    def size(pair: Pair) -> int:
-        width, height = read_size(pair[1])
-        return width * height
+    def pixels(pair: Pair) -> int:
+        return math.prod(size_of(pair[1]) or (0,))
 
     def read(pair: Pair) -> tuple[Picture, Tensor]:
         picture, mask = read_picture(pair[1]), read_mask(pair[2], args.mask_hole)
@@ -187,7 +195,7 @@ def read_tasks(pairs: list[Pair], args: argparse.Namespace) -> Iterator[Task]:
         return picture, mask
 
     skip = (lambda error: notice(f"skipped: {error}")) if args.skip_bad else None
-    for (name, image_path, mask_path), (picture, hole) in read_ahead(read, pairs, size, AT_ONCE, skip):
+    for (name, image_path, mask_path), (picture, hole) in read_ahead(read, pairs, pixels, AT_ONCE, skip):
         if not bool(hole.any()):
             notice(f"mask {mask_path.name} has no hole; {image_path.name} is copied through", "pictures without a hole",
                    image_path.name)    # fmt: skip

@@ -35,7 +35,7 @@ def read_ahead(
 
     try:
         for item in items:
-            heavy = _weigh(item, weight)
+            heavy = weight(item)
             while waiting and load + heavy > budget:
                 load, first = load - waiting[0][2], False
                 yield from take()
@@ -48,13 +48,6 @@ def read_ahead(
             yield from take()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _weigh(item: T, weight: Callable[[T], int]) -> int:
-    try:
-        return weight(item)
-    except UserError:    # told when it is read
-        return 0
 
 
 @contextmanager

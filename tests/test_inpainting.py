@@ -389,6 +389,9 @@ def test_a_photograph_gets_the_model_for_photographs(folders, tmp_path, monkeypa
         assert inpainting.main([str(a) for a in [*common, *more, "--output", folders / output]]) == 0
         assert ("photo.safetensors" in capsys.readouterr().err) == (output == "mixed")
     made = {output: tree(folders / output / "images") for output in ("mixed", "cat", "photo")}
+    (folders / "images/cat_1.png").write_text("no picture")
+    assert inpainting.main([str(a) for a in [*common, "--skip-bad", "--output", folders / "skip"]]) == 0
+    assert len(list((folders / "skip/images").iterdir())) == 5
     assert made["mixed"]["large.png"] == made["photo"]["large.png"] != made["cat"]["large.png"]
     assert made["mixed"]["cat_0.png"] == made["cat"]["cat_0.png"] != made["photo"]["cat_0.png"]
 
