@@ -16,6 +16,7 @@ from utils import UserError, listing, notice
 SUFFIXES = frozenset(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .ppm .tga .tif .tiff .webp".split())
 # Formats of Pillow that are not pixels, or that another program would have to draw.
 NOT_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})
+REPORTS = frozenset(".csv .html .json .md .npz .onnx .pt .safetensors .txt".split())    # files that are never pictures
 UNMARKED = frozenset({"SPIDER", "TGA"})    # nothing in such a file says what it is
 
 
@@ -206,7 +207,8 @@ def refuse_overwriting(inputs: Iterable[str | Path], outputs: Iterable[str | Pat
         inputs: files that are read, and folders whose every file is.
         outputs: files that will be written, and folders into which files will be.
     Raises:
-        UserError: an output is an input (under whatever name: links count), or lies inside a folder that is read.
+        UserError: an output is an input (under whatever name: links count), or lies inside a folder that is read, where it
+            would be a picture the next time.
     """
     files, folders = set(), []
     for path in map(Path, inputs):
@@ -217,6 +219,8 @@ def refuse_overwriting(inputs: Iterable[str | Path], outputs: Iterable[str | Pat
     for path in map(Path, outputs):
         if path.exists() and not path.is_dir() and _identity(path) in files:
             raise UserError(f"{path} is read by this command and would be written over; give another output")
+        if path.suffix.lower() in REPORTS and not (path.is_file() and is_picture(path)):
+            continue
         real = Path(os.path.realpath(path))
         for folder in folders:
             if real.is_relative_to(os.path.realpath(folder)):

@@ -357,7 +357,10 @@ def test_no_output_may_be_an_input(tmp_path):
     for output in ("in", "in/new.png", "link/new.png", "in/deep/out/x.png"):
         with pytest.raises(UserError, match="reads"):
             refuse_overwriting([tmp_path / "in"], [tmp_path / output])
-    refuse_overwriting([tmp_path / "in"], [tmp_path / "in2/a.png", tmp_path])
+    refuse_overwriting([tmp_path / "in"], [tmp_path / "in2/a.png", tmp_path, tmp_path / "in/scores.json"])
+    (tmp_path / "in/b.png").rename(tmp_path / "in/b.json")                  # a picture all the same
+    with pytest.raises(UserError, match="reads"):
+        refuse_overwriting([tmp_path / "in"], [tmp_path / "in/b.json"])
 
 
 # ---- shards ----
