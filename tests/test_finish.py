@@ -13,10 +13,12 @@ import training.finish
 import training_finish
 import training_transformer
 from models.maskgit import MaskGIT
+from pictures import holes
 from training import finish_losses, sampled_batches
 from training.checkpoints import load_checkpoint
 from training.finish import FinishConfig, FinishRun
 from training.finish_models import load_model
+from training.masks import MaskSource
 from training.options import load_sections
 from training.pictures_by_step import FolderPictures
 from training.processes import start_accelerator
@@ -141,8 +143,8 @@ def test_samples_serve_for_several_epochs(runs, tmp_path, monkeypatch):
 def test_only_pictures_with_true_tokens_may_be_wholly_unknown(share):
     config = FinishConfig(batch_size=8, sampled_share=0.5, plain_share=share)
     pictures = FolderPictures(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), 8, seed=0, rank=0, processes=1)
-    place = SimpleNamespace(process_index=0, num_processes=1)
-    drawn = sampled_batches.draw_batch(partial_run(config=config, pictures=pictures, accelerator=place), 0)
+    parts = {"accelerator": SimpleNamespace(process_index=0, num_processes=1), "masks": MaskSource(holes, holes)}
+    drawn = sampled_batches.draw_batch(partial_run(config=config, pictures=pictures, **parts), 0)
     unknown = drawn.mask.flatten(1).all(1)
     assert unknown[:4].tolist() == [share == 1] * 4 and not unknown[4:].any()
     assert drawn.mask[4:].flatten(1).any(1).all() and len(set(drawn.seeds)) == 8

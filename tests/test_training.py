@@ -23,13 +23,16 @@ from torch import nn
 import training.vqgan
 from models.maskgit import MaskGIT
 from models.transformer import BidirectionalTransformer, TransformerConfig
+from models.vqgan import VQGANConfig
+from pictures import holes
 from pictures.folders import load_folder
 from pictures.images import read_image, to_float
 from pictures.views import take_views
 from tools import dataset as dataset_tools
 from training.checkpoints import Progress, load_checkpoint
-from training.config import TrainConfig, check_size
-from training.loop import MAX_SKIPPED, step_or_skip, training_loop
+from training.config import TrainConfig, check_size, fit_decoder, fit_transformer
+from training.loop import MAX_SKIPPED, step_or_skip, tell_estimate, training_loop
+from training.masks import MaskSource
 from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
 from training.options import load_sections, training_parser
 from training.pictures_by_step import FolderPictures, ShardPictures, epoch_order, open_pictures
@@ -149,6 +152,7 @@ def test_augmented_pictures_are_encoded_as_they_are_seen(setting):
     def draw(augment, rank=0, processes=1, captured=None):
         c = TrainTransformerConfig(batch_size=8, augment=augment)
         parts = {"config": c, "ema": model, "pictures": Pictures(images), "per_epoch": 3, "captured": captured}
+        parts["masks"] = MaskSource(holes, holes)
         run = SimpleNamespace(accelerator=place(), mine=rows_of(rank, processes), **parts)
         drawn = draw_batch(run, 4)
         return drawn, prepare(run, drawn)
@@ -174,8 +178,8 @@ def test_batches_of_stage_1_are_a_function_of_seed_and_step(setting):
 
     def draw(step, rank=0, processes=1, **changes):
         config = training.vqgan.TrainVQGANConfig(**{"batch_size": 8, "known_share": 0.5} | changes)
-        pictures = FolderPictures(images, 8, config.seed, rank, processes)
-        run = SimpleNamespace(config=config, mine=rows_of(rank, processes), pictures=pictures)
+        pictures, masks = FolderPictures(images, 8, config.seed, rank, processes), MaskSource(holes, holes)
+        run = SimpleNamespace(config=config, mine=rows_of(rank, processes), pictures=pictures, masks=masks)
         return training.vqgan.draw_batch(run, step)
 
     image, mask = draw(4)
@@ -186,8 +190,18 @@ def test_batches_of_stage_1_are_a_function_of_seed_and_step(setting):
     assert torch.equal(torch.stack([part[0] for part in parts], 1).flatten(0, 1), image)
     assert torch.equal(torch.stack([part[1] for part in parts], 1).flatten(0, 1), mask)
     assert draw(0, known_share=0.0)[1].all()
-    holes = torch.cat([draw(step, known_share=1.0)[1] for step in range(4)])
-    assert (holes.mean((1, 2, 3)) < 1).all() and (holes.mean((1, 2, 3)) > 0).all()
+    share = torch.cat([draw(step, known_share=1.0)[1] for step in range(4)]).mean((1, 2, 3))
+    assert (share < 1).all() and (share > 0).all()
+
+
+def test_stage_1_begins_from_another_run(setting, tmp_path):
+    still = ["--epochs", "1", "--learning-rate", "1e-12", "--set", "train_vqgan.restart_every=99"]
+    succeed("vqgan", setting.argv("vqgan", tmp_path / "a", "--init", str(setting.vqgan), *still))
+    before, after = load_vqgan(str(setting.vqgan)).state_dict(), checkpoint(tmp_path / "a", "vqgan")["ema"]
+    assert all(torch.allclose(after[name], value, atol=1e-6) for name, value in before.items())
+    other = ["--init", str(setting.vqgan), "--set", "vqgan.encoder_depth=2"]
+    child = run("vqgan", setting.argv("vqgan", tmp_path / "b", *other))
+    assert child.code == 2 and "--init" in child.errors[0], child.text
 
 
 def test_missing_perceptual_weights(monkeypatch, capsys):
@@ -366,6 +380,24 @@ def test_flags_win_over_the_config_file(tmp_path):
         load_sections(training_parser("").parse_args(argv[:-7]), "train_vqgan")
 
 
+def test_what_follows_from_the_pictures_size_is_derived_or_refused(setting, tmp_path, capsys):
+    values = fit_decoder({"image_size": 128, "stride": 8, "decoder_channels": [4, 2, 1], "decoder_blocks": [3, 2, 1]}, [])
+    assert values["decoder_channels"] == [4, 4, 2, 1] and values["decoder_blocks"] == [3, 3, 2, 1]
+    assert fit_decoder({"stride": 2, "decoder_channels": [4, 2, 1]}, ["decoder_channels"])["decoder_channels"] == [4, 2, 1]
+    vqgan = VQGANConfig(**values, codebook_size=32)
+    stale = {"codebook_size": 1024, "seq_len": 256, "pixel_dim": 64, "depth": 2}
+    fitted = fit_transformer(stale, vqgan, [])
+    assert fitted == {"codebook_size": 32, "seq_len": 256, "pixel_dim": 256, "depth": 2}
+    assert "transformer.pixel_dim=256" in capsys.readouterr().err
+    MaskGIT(vqgan, TransformerConfig(**fitted))
+    assert fit_transformer({"pixel_dim": 0}, vqgan, [])["pixel_dim"] == 0    # it sees tokens only
+    with pytest.raises(UserError, match="pixel_dim must be 256"):
+        fit_transformer(stale, vqgan, ["pixel_dim"])
+    for stage, value, word in (("vqgan", "100", "multiple of 8"), ("transformer", "32", "trained with 16")):
+        child = run(stage, setting.argv(stage, tmp_path / "a", "--set", f"vqgan.image_size={value}"))
+        assert child.code == 2 and word in child.errors[0], child.text
+
+
 # ---- the loop ----
 
 
@@ -376,7 +408,7 @@ class Losses(Run):
 
     def __init__(self, losses: list[float], **config) -> None:
         c = TrainConfig(**{"epochs": len(losses), "batch_size": 4, "log_every": 2, "save_every": 2} | config)
-        super().__init__(c, {}, Accelerator(cpu=True), range(12), torch.zeros(0), {})
+        super().__init__(c, {}, Accelerator(cpu=True), range(12), torch.zeros(0), {}, None)
         self.losses, self.steps, self.exported = losses, [], []
 
     def parts(self) -> dict:
@@ -402,6 +434,14 @@ def test_the_loop_logs_saves_and_keeps_the_best(tmp_path):
     assert run.exported == [6, 12]
     kept = {name: load_checkpoint(tmp_path / name, "fake") for name in ("last.pt", "previous.pt", "best.pt")}
     assert {name: state["step"] for name, state in kept.items()} == {"last.pt": 15, "previous.pt": 14, "best.pt": 12}
+
+
+def test_a_run_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.loop.TELL_AFTER", -1)
+    training_loop(Losses([3.0, 9.0]), tmp_path, Progress())
+    assert capsys.readouterr().err.count("left for") == 1
+    tell_estimate(Losses([1.0]), step=0, seconds=1e6)
+    assert "configs/small.yml" in capsys.readouterr().err
 
 
 def test_the_loop_saves_before_the_first_step(tmp_path):
@@ -462,7 +502,7 @@ def test_rates_and_averages_reach_every_parameter():
 def test_every_row_goes_to_one_process(processes):
     x, rows = torch.arange(7), []
     for rank in range(processes):
-        run = Run(TrainConfig(batch_size=2), {}, place(rank, processes), [], x, {})
+        run = Run(TrainConfig(batch_size=2), {}, place(rank, processes), [], x, {}, None)
         for a, b in run.local_batches(x, x * 2):
             assert torch.equal(b, a * 2) and len(a) <= 2
             rows += a.tolist()

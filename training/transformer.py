@@ -134,10 +134,10 @@ def build_run(
 ) -> TransformerRun:
     """Model, pictures, tokens and optimizer, on their device."""
     vqgan = on_main(accelerator, lambda: load_vqgan(args.vqgan))
+    vqgan = vqgan_with_guess(vqgan) if c.windows else vqgan
     check_vqgan(args, sections["vqgan"], vqgan.config)
     values = fit_transformer(sections["transformer"], vqgan.config, keys_set(args, "transformer"))
     model_config = build_config(TransformerConfig, values, "transformer")
-    vqgan = vqgan_with_guess(vqgan) if c.windows else vqgan
     check_size("transformer", model_config, lambda: MaskGIT(vqgan.config, model_config))
     torch.manual_seed(c.seed)
     model = MaskGIT(vqgan.config, model_config)
