@@ -20,15 +20,16 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    bundled = str(HERE / "checkpoints/cat64.safetensors")
     flag = parser.add_argument
-    flag("--checkpoint", default=bundled, help="model (default: the bundled one)")
-    flag("--samples", default=str(HERE / "samples"), help="folder with images/ and masks/ to choose from")
+    flag("--checkpoint",
+         help="model (default: of checkpoints/, cat64.safetensors for pictures of 64x64 and photo.safetensors for others)")
+    flag("--samples", default=str(HERE / "samples"), help="folder with images/ and masks/, photo/ and photo_masks/")
     flag("--host", default="127.0.0.1", help="address to listen at (default: this computer only)")
     flag("--port", type=int, default=7860, help="default: %(default)s")
     flag("--root-path", default="", metavar="PATH", help="path of the page behind a proxy, e.g. /inpainting")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    flag("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is about twice as fast")
+    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+         help="auto: bf16 where the hardware multiplies in it (default: %(default)s)")
     flag("--max-pixels", type=int, default=24_000_000, help="largest picture to accept (default: %(default)s)")
     flag("--max-megabytes", type=int, default=24, help="largest file to accept (default: %(default)s)")
     return parser.parse_args(argv)

@@ -20,6 +20,12 @@ from models import MaskGIT
 from models.completion import Progress
 from utils import UserError
 
+SMALL = (64, 64)    # height and width of the pictures of the exercise
+WAIT_FOR_EDITOR = """async () => {
+    while (!document.querySelector("#editor canvas")) await new Promise(done => setTimeout(done, 200));
+    return [];
+}"""
+
 
 def sentences(handler: Callable) -> Callable:
     """Shows what the user did wrong in the page's status line."""
@@ -48,11 +54,15 @@ class Page:
     """The page and what its controls do.
 
     Args:
+        model, photo_model: for pictures of the size of the exercise (64x64), and for all others; may be one and the same.
         folder: for the files that the page makes; must lie in Gradio's own temporary folder.
     """
 
-    def __init__(self, model: MaskGIT, samples: list[Sample], max_pixels: int, folder: Path) -> None:
-        self.model, self.samples, self.max_pixels, self.folder = model, samples, max_pixels, folder
+    def __init__(
+        self, model: MaskGIT, photo_model: MaskGIT, samples: list[Sample], max_pixels: int, folder: Path
+    ) -> None:
+        self.model, self.photo_model = model, photo_model
+        self.samples, self.max_pixels, self.folder = samples, max_pixels, folder
         self.blocks, self.ui = lay_out([str(sample.file) for sample in samples])
         with self.blocks:
             self.connect()
@@ -68,7 +78,7 @@ class Page:
         quiet = dict(show_progress="hidden", api_visibility="private", trigger_mode="always_last")
         slow = dict(api_visibility="private", concurrency_id="model")
         if self.samples:
-            self.blocks.load(self.sample, None, shown, **quiet)
+            self.blocks.load(self.sample, None, shown, js=WAIT_FOR_EDITOR, **quiet)
         ui.samples.select(self.take_sample, ui.samples, shown, **quiet)
         ui.upload.upload(self.take_upload, ui.upload, shown, **quiet)
         ui.upload_mask.upload(self.take_mask, [ui.upload_mask, ui.photo, ui.hole_colour], shown, **quiet)
@@ -131,6 +141,9 @@ class Page:
 
     # ---- the result ----
 
+    def model_for(self, photo: Photo | None) -> MaskGIT:
+        return self.model if photo is None or photo.size == SMALL else self.photo_model
+
     def complete_file(
         self, image: str | None, mask: str | None, seed: int, hole: str, total_iter: int, temperature: float,
         progress: gr.Progress = gr.Progress(),    # noqa: B008
@@ -147,7 +160,8 @@ class Page:
             photo, _ = open_photo(image, self.max_pixels)
             photo, _ = open_mask(mask, photo, hole, self.max_pixels)
             options = dict(total_iter=total_iter or None, temperature=temperature)
-            made = complete(self.model, photo, photo.hole, seed, 1, self.folder, show_progress(progress), **options)
+            model = self.model_for(photo)
+            made = complete(model, photo, photo.hole, seed, 1, self.folder, show_progress(progress), **options)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return str(made[0].file)
@@ -159,7 +173,7 @@ class Page:
         ui, started = self.ui, time.perf_counter()
         try:
             made = complete(
-                self.model, photo, painted(editor, photo) if photo else None, seed, count, self.folder,
+                self.model_for(photo), photo, painted(editor, photo) if photo else None, seed, count, self.folder,
                 on_progress=show_progress(progress), total_iter=int(total_iter) or None,
                 sweet_spot=int(sweet_spot) or None, schedule=schedule, decoder=decoder,
                 temperature=temperature, choice_temperature=choice,
@@ -211,5 +225,5 @@ class Page:
     ) -> dict:
         if not made:
             raise UserError("There is no completion yet.")
-        snapshots = made[index].snapshots(self.model, show_progress(progress))
+        snapshots = made[index].snapshots(self.model_for(made[index].photo), show_progress(progress))
         return {self.ui.history: rounds_html(snapshots, f"seed {made[index].seed}")}

@@ -17,6 +17,7 @@ from utils import UserError, notice
 
 MIN_SIDE = 16    # pixels; a smaller picture can't be painted on
 KEPT = 3600      # seconds that a file stays on the server
+MOST_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def find_samples(folder: Path) -> list[Sample]:
             samples += [Sample(path, found.get(name)) for name, path in find_images(folder / images).items()]
     if not samples:
         notice(f"no samples in {folder}; the page starts without them")
-    return samples
+    return samples[:MOST_SAMPLES]
 
 
 def new_file(folder: Path, name: str) -> Path:

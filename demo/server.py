@@ -23,6 +23,7 @@ from demo.photos import find_samples
 from models import MaskGIT
 from utils import UserError, pick_device
 
+BUNDLED = [Path(__file__).resolve().parents[1] / "checkpoints" / f"{name}.safetensors" for name in ("cat64", "photo")]
 CSS = Path(__file__).with_name("page.css")
 SESSIONS = 32    # visitors whose pictures are kept in memory
 
@@ -71,9 +72,17 @@ def launch(page: Page, args: argparse.Namespace) -> gr.Blocks:
     return blocks
 
 
+def load_models(args: argparse.Namespace) -> tuple[MaskGIT, MaskGIT]:
+    """The model for pictures of 64x64, and the one for all others."""
+    device = pick_device(args.device)
+    paths = [args.checkpoint] if args.checkpoint else [path for path in BUNDLED if path.exists()]
+    models = [MaskGIT.from_pretrained(path, device=device, precision=args.precision) for path in paths]
+    return models[0], models[-1]
+
+
 def serve(args: argparse.Namespace) -> None:
     """Load the model and serve the page until it is stopped."""
-    model = MaskGIT.from_pretrained(args.checkpoint, device=pick_device(args.device), precision=args.precision)
+    models = load_models(args)
     Image.MAX_IMAGE_PIXELS = args.max_pixels // 2 + 1    # Pillow refuses twice that, whoever opens the picture
     warnings.simplefilter("ignore")                      # the page says what there is to say
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that the temporary folder is removed
@@ -81,9 +90,10 @@ def serve(args: argparse.Namespace) -> None:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ALLOWED_PATHS": ""}
         made = Path(folder) / "made"
         made.mkdir()
-        page = Page(model, find_samples(Path(args.samples)), args.max_pixels, made)
+        page = Page(*models, find_samples(Path(args.samples)), args.max_pixels, made)
         blocks = launch(page, args)
-        print(f"the page is at {blocks.local_url} (stop it with Ctrl-C)", flush=True)
+        model = models[0]
+        print(f"the page is at {blocks.local_url}, on {model.device} in {model.precision} (stop it with Ctrl-C)", flush=True)
         try:
             blocks.block_thread()
         finally:
