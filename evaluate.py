@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from evaluation.flags import add_score_flags
-from utils import Parser, UserError, atomic_write, notice, progress, run_cli, writable_folder
+from utils import Parser, UserError, atomic_write, count, notice, progress, run_cli, writable_folder
 
 PACKAGES = ("torch", "torchvision", "numpy", "torchmetrics", "pytorch-fid", "onnxruntime", "pillow", "scikit-learn")
 PAIRED = {"psnr": "PSNR dB", "ssim": "SSIM", "l1": "L1", "perceptual": "perceptual"}    # columns of the table of pairs
@@ -36,8 +36,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group = add_score_flags(parser)
     group.add_argument("--save-statistics", type=Path, metavar="FILE.npz", help="keep the statistics of --reference DIR")
     group.add_argument("--svm", action=argparse.BooleanOptionalAction, default=True, help="P-IDS and U-IDS")
-    group.add_argument("--kid-subsets", type=int, default=100, metavar="N", help="random subsets of KID (default 100)")
-    group.add_argument("--kid-subset-size", type=int, metavar="N", help="default 1000, at most half of the smaller set")
+    group.add_argument("--kid-subsets", type=count, default=100, metavar="N", help="random subsets of KID (default 100)")
+    group.add_argument("--kid-subset-size", type=count, metavar="N", help="default 1000, at most half of the smaller set")
     group.add_argument("--seed", type=int, default=0, help="of KID's subsets and the folds of P-IDS and U-IDS")
     return parser.parse_args(argv)
 
@@ -59,8 +59,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--features none leaves only the metrics of pairs: give --ground-truth and --masks")
     if args.save_statistics is not None and (args.reference is None or args.reference.suffix == ".npz"):
         raise UserError("--save-statistics keeps the statistics of a folder: give it as --reference DIR")
-    if args.kid_subsets < 1:
-        raise UserError(f"--kid-subsets must be at least 1, got {args.kid_subsets}")
     outputs = [path for path in (args.json, args.save_statistics) if path is not None]
     refuse_overwriting(filter(None, (args.predicted, args.ground_truth, args.masks, args.reference)), outputs)
     for path in outputs:

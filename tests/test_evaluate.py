@@ -208,11 +208,11 @@ def test_other_sizes_are_refused_by_name(folders):
     (["--reference", "other", "--masks", "masks"], "give --ground-truth too"),
     (["--reference", "other", "--features", "none"], "--features none"),
     (["--ground-truth", "originals", "--save-statistics", "s.npz"], "--reference DIR"),
-    (["--reference", "other", "--kid-subsets", "0"], "at least 1, got 0"),
+    (["--reference", "other", "--kid-subsets", "0"], "must be at least 1"),
     (["--reference", "other", "--json", f"{__file__}/scores.json"], "is not writable"),
     (["--reference", "other", "--device", "gpu"], "unknown device"),
     (["--reference", "nowhere"], "does not exist"),
-    (["--reference", "other", "--json", "pred/scores.json"], "which this command reads"),
+    (["--reference", "other", "--json", "pred/p1.png"], "this command reads"),
     (["--reference", "nowhere.npz"], "no such file"),
 ])
 def test_flags_that_cannot_be_honoured_are_refused(folders, monkeypatch, more, words):

@@ -11,7 +11,7 @@ picks some.
 import argparse
 from pathlib import Path
 
-from utils import Parser, UserError, run_cli
+from utils import Parser, UserError, count, run_cli
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -30,8 +30,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     grid.add_argument("--rows", type=Path, nargs="+", required=True, metavar="DIR")
     grid.add_argument("--labels", nargs="+", metavar="TEXT", help="one for each row (default: the folders' names)")
     grid.add_argument("--names", nargs="+", metavar="NAME", help="pictures to show, without suffix (default: the first)")
-    grid.add_argument("--count", type=int, default=8, help="how many of the first (default: %(default)s)")
-    grid.add_argument("--scale", type=int, default=2, help="pixels drawn for each pixel (default: %(default)s)")
+    grid.add_argument("--count", type=count, default=8, help="how many of the first (default: %(default)s)")
+    grid.add_argument("--scale", type=count, default=2, help="pixels drawn for each pixel (default: %(default)s)")
     for command in (curves, bars, grid):
         command.add_argument("--output", type=Path, required=True, metavar="FILE.png")
     return parser.parse_args(argv)
@@ -47,8 +47,6 @@ def draw_grid(args: argparse.Namespace) -> None:
     labels = args.labels or [folder.name for folder in args.rows]
     if len(labels) != len(args.rows):
         raise UserError(f"{len(args.rows)} --rows need as many --labels, got {len(labels)}")
-    if args.count < 1 or args.scale < 1:
-        raise UserError("--count and --scale must be at least 1")
     names = args.names or list(find_images(args.rows[0]))[: args.count]
     rows = []
     for folder in args.rows:

@@ -17,7 +17,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from evaluation.flags import add_score_flags
-from utils import Parser, UserError, atomic_write, pick_device, progress, run_cli, seeded, writable_folder
+from utils import (
+    Parser,
+    UserError,
+    amount,
+    atomic_write,
+    count,
+    pick_device,
+    progress,
+    run_cli,
+    seeded,
+    writable_folder,
+)
 
 REFERENCE = "Navier-Stokes"    # the rung that the ratios are of: the best classic method
 # Columns of the report, beside the distances between sets, and the scores whose ratio to the reference rung is given.
@@ -31,13 +42,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--originals", type=Path, required=True, metavar="DIR", help="clean pictures")
     parser.add_argument("--masks", type=Path, required=True, metavar="DIR", help="hole masks of the same names, or one")
     parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole in the masks")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures only")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--checkpoint", metavar="FILE", help="model (default: the bundled one)")
-    parser.add_argument("--total-iter", type=int, metavar="T", help="rounds (default: the model's)")
-    parser.add_argument("--low-temperature", type=float, default=0.3, help="of the safer rung (default: %(default)s)")
+    parser.add_argument("--total-iter", type=count, metavar="T", help="rounds (default: the model's)")
+    parser.add_argument("--low-temperature", type=amount, default=0.3, help="of the safer rung (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures completed together (default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=16, help="pictures completed together (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--rungs", nargs="+", metavar="NAME", help="some, by the names of their folders (default: all)")
     parser.add_argument("--show", nargs="+", metavar="NAME", help="pictures to draw (default: 8, evenly spread)")
@@ -148,8 +159,6 @@ def report(rows: list[dict], columns: list[str], notes: list[str], command: str)
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if not 0 <= args.low_temperature < math.inf:
-        raise UserError(f"--low-temperature must be 0 or more, got {args.low_temperature}")
     from evaluation import sets, tables
     from evaluation.baselines import import_module
     from evaluation.grids import write_grid

@@ -15,13 +15,12 @@ over the seeds), and as PNG score_over_total_iter, score_over_sweet_spot (where 
 rounds_T: picture and token mask of every round.
 """
 import argparse
-import math
 import shlex
 import sys
 from pathlib import Path
 
 from evaluation.flags import add_score_flags
-from utils import Parser, UserError, atomic_write, pick_device, progress, run_cli, writable_folder
+from utils import Parser, UserError, amount, atomic_write, count, pick_device, progress, run_cli, writable_folder
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -31,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--figures", action=switch, default=True, help="draw the results (matplotlib)")
     parser.add_argument("--show", metavar="NAME", help="the picture of the rounds' figures (default: the first)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures completed together (default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=16, help="pictures completed together (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group = parser.add_argument_group("pictures")
@@ -39,15 +38,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--masks", type=Path, required=True, metavar="DIR", help="hole masks of the same names, or one")
     group.add_argument("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole in mask files")
     group.add_argument("--ground-truth", type=Path, metavar="DIR", help="originals (default: --images, if they are clean)")
-    group.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    group.add_argument("--limit", type=count, metavar="N", help="the first N pictures only")
     group = parser.add_argument_group("what is varied")
     group.add_argument("--decoder", nargs="+", default=["maskgit"], metavar="NAME", help="maskgit, halton, reference")
     group.add_argument("--mask-func", nargs="+", default=["cosine", "linear", "square"], metavar="NAME",
                        help="schedules: cosine, linear, square, cubic, sqrt, arccos (default: the first three)")
-    group.add_argument("--total-iter", nargs="+", type=int, default=[10, 20, 30], metavar="T", help="rounds of the schedule")
+    group.add_argument("--total-iter", nargs="+", type=count, default=[10, 20, 30], metavar="T", help="rounds")
     group.add_argument("--sweet-spot", nargs="+", metavar="t", help="rounds to stop after, or all (default: T)")
-    group.add_argument("--temperature", nargs="+", type=float, default=[1.0], metavar="X")
-    group.add_argument("--choice-temperature", nargs="+", type=float, default=[4.5], metavar="X")
+    group.add_argument("--temperature", nargs="+", type=amount, default=[1.0], metavar="X")
+    group.add_argument("--choice-temperature", nargs="+", type=amount, default=[4.5], metavar="X")
     group.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     group = add_score_flags(parser)
     group.add_argument("--paste", action=switch, default=True, help="put the known pixels back before scoring")
@@ -62,13 +61,6 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, given, known in (("mask-func", args.mask_func, SCHEDULES), ("decoder", args.decoder, DECODERS)):
         if unknown := [name for name in given if name not in known]:
             raise UserError(f"unknown --{flag} {', '.join(unknown)}; expected some of {', '.join(known)}")
-    limit = [] if args.limit is None else [args.limit]
-    for flag, values in (("total-iter", args.total_iter), ("batch-size", [args.batch_size]), ("limit", limit)):
-        if values and min(values) < 1:
-            raise UserError(f"--{flag} must be at least 1, got {min(values)}")
-    for flag in ("temperature", "choice_temperature"):
-        if bad := [value for value in getattr(args, flag) if not 0 <= value < math.inf]:
-            raise UserError(f"--{flag.replace('_', '-')} must be 0 or more, got {bad[0]}")
     args.spots = sweet_spots(args.sweet_spot, max(args.total_iter))
 
 
