@@ -42,7 +42,7 @@ def find_images(path: str | Path, leave_out: Iterable[str | Path] = ()) -> dict[
     """The pictures of a folder and its subfolders, sorted by name; a file gives itself.
 
     Args:
-        leave_out: subfolders that are not read, such as the folder of the masks.
+        leave_out: subfolders and files that are not read, such as the folder of the masks.
     Returns:
         Files by name: the path inside the folder without suffix, such as "cat" or "kittens/cat". Hidden files and folders
         (.name) are not read.
@@ -79,6 +79,7 @@ def _name(path: str) -> str:
 def _walk(folder: Path, leave_out: Iterable[str | Path]) -> Iterator[Path]:
     """Every file that is not hidden, folder by folder. A link to a folder is followed once."""
     seen = {os.path.realpath(path) for path in leave_out} - {os.path.realpath(folder)}
+    left_out_files = {path for path in seen if os.path.isfile(path)}
 
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
@@ -88,8 +89,10 @@ def _walk(folder: Path, leave_out: Iterable[str | Path]) -> Iterator[Path]:
         folders[:] = [name for name in sorted(folders)
                       if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) not in seen]
         for name in sorted(files):
-            if not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
-                yield Path(parent, name)
+            path = os.path.join(parent, name)
+            if not name.startswith(".") and os.path.isfile(path):
+                if not left_out_files or os.path.realpath(path) not in left_out_files:
+                    yield Path(path)
 
 
 # ---- pairs ----
