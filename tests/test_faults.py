@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -394,10 +395,14 @@ def test_pictures_of_every_size_suffix_and_folder_are_trained_on(setting, tmp_pa
     (folder / "more" / "deeper").mkdir(parents=True)
     Image.new("RGB", (1, 1)).save(folder / "more" / "tiny.jpg")
     Image.new("RGB", (300, 7)).save(folder / "more" / "deeper" / "long.webp")
+    write_pictures(folder / "val", 3, seed=1)    # validation pictures and the run's own grids are none of them
     for stage in ("vqgan", "transformer"):
-        argv = setting.argv(stage, tmp_path / stage, "--epochs", "1", train=folder)
+        argv = setting.argv(stage, folder / stage, "--epochs", "1", train=folder)
+        argv[argv.index("--val-dir") + 1] = str(folder / "val")
         succeed(stage, argv)
+        shutil.move(folder / stage, tmp_path / stage)
         assert checkpoint(tmp_path / stage, stage)["input"]["training pictures"].startswith("10 ")
+        assert checkpoint(tmp_path / stage, stage)["input"]["validation pictures"].startswith("3 ")
 
 
 def test_a_checkpoint_of_another_stage_is_named(setting, tmp_path):

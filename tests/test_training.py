@@ -313,7 +313,8 @@ def test_shards_that_hold_less_than_was_said(shards):
 ])    # fmt: skip
 def test_train_dirs_that_make_no_sense(shards, train, more, word):
     flags = {"train_dir": [shards if path == "SHARDS" else path for path in train], "workers": 0}
-    args = SimpleNamespace(**flags | {"train_pictures": None, "bad_images": "error"} | more)
+    others = {"val_dir": "v", "output_dir": "o", "train_masks": None, "val_masks": None}
+    args = SimpleNamespace(**flags | others | {"train_pictures": None, "bad_images": "error"} | more)
     with pytest.raises(UserError, match=word):
         open_pictures(args, 16, SimpleNamespace(batch_size=8, seed=0), place())
 

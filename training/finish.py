@@ -29,7 +29,7 @@ from training.losses import hole_psnr, validation_holes, write_grid
 from training.masks import open_masks
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import load_sections
-from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures
+from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures, other_folders
 from training.processes import on_main
 from training.run import Run
 from training.sampled_batches import Batch, draw_batch, prepare
@@ -184,7 +184,7 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
         val_images = val_windows.image
     else:
         pictures = open_pictures(args, model.image_size, c, accelerator)    # last: a large set takes minutes
-        val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: c.val_pictures]
+        val_images = load_folder(args.val_dir, model.image_size, args.bad_images, other_folders(args))[: c.val_pictures]
     given |= input_pictures(args, pictures, val_images)
 
     layout = {"memory_format": torch.channels_last}

@@ -2,7 +2,7 @@
 
 import functools
 import signal
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictu
     if args.workers < 0 or (args.train_pictures is not None and args.train_pictures < 1):
         raise UserError("--workers must be 0 or more and --train-pictures at least 1")
     if not any(is_shards(path) for path in paths):
-        images = torch.cat([load_folder(path, size, args.bad_images) for path in paths])
+        images = torch.cat([load_folder(path, size, args.bad_images, other_folders(args)) for path in paths])
         pictures = FolderPictures(images, c.batch_size, **place)
     elif len(paths) == 1:
         shards = open_shards(paths[0], size).urls
@@ -103,7 +103,7 @@ def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictu
 
 def input_pictures(args: Any, pictures: Sized, val_images: Tensor) -> dict[str, str]:
     """What the training and validation pictures are: how many, and a hash of their files' names and sizes."""
-    training = [(file.name, size(file)) for path in args.train_dir for file in picture_files(path)]
+    training = [(file.name, size(file)) for path in args.train_dir for file in picture_files(path, other_folders(args))]
 
     def masks(path: str | None) -> str:
         return fingerprint([(file.name, size(file)) for file in picture_files(path)]) if path else "drawn at random"
@@ -115,9 +115,17 @@ def input_pictures(args: Any, pictures: Sized, val_images: Tensor) -> dict[str, 
     }
 
 
-def picture_files(path: str) -> list[Path]:
+def other_folders(args: Any) -> list[str]:
+    """All folders of a run. A subfolder that is one of them does not belong to the folder that it lies in."""
+    folders = [*args.train_dir, args.val_dir, args.output_dir, args.train_masks, args.val_masks]
+    return [path for path in (*folders, getattr(args, "token_cache", None)) if path]
+
+
+def picture_files(path: str, leave_out: Iterable[str] = ()) -> list[Path]:
     """The pictures of a folder, or the shards of a pattern."""
-    return [Path(url) for url in open_shards(path, 1).urls] if is_shards(path) else list(find_images(path).values())
+    if is_shards(path):
+        return [Path(url) for url in open_shards(path, 1).urls]
+    return list(find_images(path, leave_out).values())
 
 
 def size(file: Path) -> int:

@@ -16,7 +16,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -33,6 +33,7 @@ from pictures.files import find_images
 from pictures.folders import read_square
 from pictures.images import to_float
 from pictures.shards import count_pictures, is_shards, open_shards
+from training.pictures_by_step import other_folders
 from training.processes import on_main
 from utils import UserError, atomic_write, fingerprint, progress
 
@@ -66,7 +67,7 @@ def open_tokens(
     folder, c = Path(args.token_cache or Path(args.output_dir) / "tokens"), vqgan.config
     if c.codebook_size > 65536:
         raise UserError(f"config vqgan.codebook_size ({c.codebook_size}) must be at most 65536, for tokens of 16 bits")
-    pieces = list_pieces(args.train_dir)
+    pieces = list_pieces(args.train_dir, other_folders(args))
     weights = [*vqgan.encoder.state_dict().values(), *vqgan.codebook.state_dict().values()]
     about = {
         "tokenizer": fingerprint(c.encoder, c.image_size, c.stride, c.l2_normalize, *weights),
@@ -79,14 +80,14 @@ def open_tokens(
     return TokenCache(folder, pieces, c.grid**2, c.image_size, mirror, pixels)
 
 
-def list_pieces(paths: list[str]) -> list[Piece]:
-    """Cut folders of pictures and patterns of shards in pieces."""
+def list_pieces(paths: list[str], leave_out: Iterable[str] = ()) -> list[Piece]:
+    """Cut folders of pictures, without the subfolders `leave_out`, and patterns of shards in pieces."""
     parts: list[tuple[list[Path], str | None]] = []
     for path in paths:
         if is_shards(path):
             parts += [([Path(url)], url) for url in open_shards(path, 1).urls]
         else:
-            files = list(find_images(path).values())
+            files = list(find_images(path, leave_out).values())
             parts += [(files[start : start + PIECE], None) for start in range(0, len(files), PIECE)]
     return [Piece(f"{number:06d}", files, shard) for number, (files, shard) in enumerate(parts)]
 

@@ -29,7 +29,7 @@ from training.masks import open_masks
 from training.muon import Muon
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import keys_set, load_sections
-from training.pictures_by_step import check_one_batch, input_pictures
+from training.pictures_by_step import check_one_batch, input_pictures, other_folders
 from training.processes import on_main
 from training.run import Run
 from training.speed import Ahead, Captured
@@ -154,7 +154,7 @@ def build_run(
         pictures, val_windows = open_windows(args, model.image_size, c, accelerator, masks)
         val_images = val_windows.image
     else:
-        val_images = load_folder(args.val_dir, model.image_size, args.bad_images)[: c.val_pictures]
+        val_images = load_folder(args.val_dir, model.image_size, args.bad_images, other_folders(args))[: c.val_pictures]
         pixels = model_config.pixel_dim > 0 or c.augment > 0
         pictures = open_tokens(args, model.vqgan, c.mirror, pixels, accelerator)
     val_tokens = encode(model.vqgan, val_images, accelerator.device)

@@ -25,7 +25,7 @@ from training.losses import hole_l1, hole_psnr, load_features, validation_holes,
 from training.masks import open_masks
 from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
 from training.options import keys_set, load_sections
-from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures
+from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures, other_folders
 from training.processes import on_main
 from training.run import Run
 from training.speed import Ahead
@@ -117,7 +117,7 @@ def build_run(
 ) -> VQGANRun:
     """Pictures, models, optimizers and losses, on their device."""
     pictures = open_pictures(args, model_config.image_size, c, accelerator)
-    val_images = load_folder(args.val_dir, model_config.image_size, args.bad_images)[: c.val_pictures]
+    val_images = load_folder(args.val_dir, model_config.image_size, args.bad_images, other_folders(args))[: c.val_pictures]
     torch.manual_seed(c.seed)
     vqgan = VQGAN(model_config)
     if args.init:

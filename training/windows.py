@@ -5,6 +5,7 @@ hole it is given the enlarged completion of the size below, a guess. Here such w
 All of a batch is a function of (seed, step), as everywhere.
 """
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from pictures.images import read_image, to_float
 from pictures.shards import is_shards
 from training.losses import write_grid
 from training.masks import Masks, MaskSource
+from training.pictures_by_step import other_folders
 from utils import UserError, notice, seeded
 
 SHORT_SIDE = 400      # photographs are kept with at most so many pixels along their short side
@@ -36,16 +38,16 @@ MAX_NOISE = 0.05      # of noise
 MAX_HEAT = 0.08       # temperature at which other codes take the place of the nearest one
 
 
-def load_photographs(paths: list[str], bad_images: str = "error") -> list[Tensor]:
+def load_photographs(paths: list[str], bad_images: str = "error", leave_out: Iterable[str] = ()) -> list[Tensor]:
     """Read the photographs of some folders, each uint8 (3, H, W), its short side at most `SHORT_SIDE`.
 
     A folder that is named several times counts several times and is held once.
     """
-    loaded = {path: _load_folder(path, bad_images) for path in dict.fromkeys(paths)}
+    loaded = {path: _load_folder(path, bad_images, leave_out) for path in dict.fromkeys(paths)}
     return [photograph for path in paths for photograph in loaded[path]]
 
 
-def _load_folder(path: str, bad_images: str) -> list[Tensor]:
+def _load_folder(path: str, bad_images: str, leave_out: Iterable[str]) -> list[Tensor]:
     if is_shards(path):
         raise UserError(f"windows are cut from folders of photographs, not from shards; got --train-dir {path}")
 
@@ -60,7 +62,7 @@ def _load_folder(path: str, bad_images: str) -> list[Tensor]:
         return image if shrink >= 1 else resize_uint8(image, [max(1, round(side * shrink)) for side in image.shape[1:]])
 
     with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
-        found = list(pool.map(load, find_images(path).values()))
+        found = list(pool.map(load, find_images(path, leave_out).values()))
     good = [image for image in found if isinstance(image, Tensor)]
     if not good:
         raise UserError(f"none of the {len(found)} picture(s) in {path} can be read; the first: {found[0]}")
@@ -240,9 +242,9 @@ def validation_windows(
 def open_windows(args: Any, size: int, c: Any, accelerator: Any, masks: MaskSource) -> tuple[Windows, WindowBatch]:
     """The training windows of --train-dir, for a stage's config, and fixed ones of --val-dir to validate on."""
     place = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
-    photographs = load_photographs(args.train_dir, args.bad_images)
+    photographs = load_photographs(args.train_dir, args.bad_images, other_folders(args))
     windows = Windows(photographs, size, c.windows, c.batch_size, c.seed, c.guess_share, **place, masks=masks.train)
-    val_photographs = load_photographs([args.val_dir], args.bad_images)
+    val_photographs = load_photographs([args.val_dir], args.bad_images, other_folders(args))
     return windows, validation_windows(val_photographs, size, c.val_pictures, c.seed, masks.val)
 
 
