@@ -7,18 +7,21 @@ of the model's own size has one level and one window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .decoding import MAX_ITER
+from .convert import Given
+from .decoding import Options
 from .pyramid import Filled, Job, Part, Result, Snapshot, complete_one
 from .windows import WindowedModel, make_layout
 
 if TYPE_CHECKING:
     from .maskgit import MaskGIT
 
-__all__ = ["Job", "Progress", "Result", "Snapshot", "complete_pictures"]
+__all__ = ["Job", "Progress", "Result", "Snapshot", "complete_pictures", "inpaint"]
 
 MOST_PIXELS = 2**22    # of the pictures of a batch together, unless it is a single one
 
@@ -52,7 +55,7 @@ def complete_pictures(
         precision: see `MaskGIT.complete`.
         on_progress: called after every round.
         keep_rounds: also give the picture and the masked tokens of every round.
-        options: see `models.decoding.iterative_decode`.
+        options: see `models.decoding.Options`.
     Yields:
         One result for each job, in order. A picture without a hole comes back as it is, if `paste`.
     Raises:
@@ -119,11 +122,34 @@ def fill(
     report = None
     if on_progress:
         level, levels = max((part.level, part.levels) for part in parts)
-        total = options.get("sweet_spot") or options.get("total_iter") or options.get("max_iter", MAX_ITER)
-        report = lambda t: on_progress(Progress(level + 1, levels, t, total))    # noqa: E731
+        report = lambda t: on_progress(Progress(level + 1, levels, t, Options(**options).rounds))    # noqa: E731
     rounds, known = windows.complete(generators, windows=layout.windows, on_round=report, **options)
     decoded = [windows.decode(r.tokens, known).cpu().split(layout.windows) for r in (rounds if keep_rounds else rounds[-1:])]
     masked = [known.hidden, *(r.masked for r in rounds)]                         # (B, L) each
     steps = torch.stack([m.any(1) for m in masked[:-1]]).sum(0).tolist()
     seen = [m.flatten()[windows.index].cpu().split(layout.windows) for m in masked]
     return [Filled([d[i] for d in decoded], [m[i] for m in seen], steps[i]) for i in range(len(parts))]
+
+
+def inpaint(model: MaskGIT, image: Any, mask: Any, seed: int, num_samples: int, return_rounds: bool, options: dict) -> Any:
+    """Complete pictures of the kinds people hold; see `MaskGIT.inpaint`."""
+    for name, value in (("seed", seed), ("num_samples", num_samples), ("batch_size", options.get("batch_size", 1))):
+        least = 0 if name == "seed" else 1
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < 2**63:
+            raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
+    several = isinstance(image, list | tuple) or isinstance(image, Tensor) and image.ndim == 4
+    if several and num_samples > 1:
+        raise ValueError("num_samples is for a single picture; give the picture several times instead")
+    images, masks = (list(image), list(mask)) if several else ([image], [mask])
+    if len(images) != len(masks):
+        raise ValueError(f"{len(images)} pictures need as many masks, got {len(masks)}")
+    given = [Given(*pair) for pair in zip(images, masks, strict=True)] * num_samples
+    jobs = (Job(x.pixels, x.hole, seed + i) for i, x in enumerate(given))
+    results = list(complete_pictures(model, jobs, keep_rounds=return_rounds, **options))
+    completed = [x.restore(r.image, options.get("paste", True)) for x, r in zip(given, results, strict=True)]
+    rounds = [r.rounds for r in results]
+    if isinstance(image, Tensor) and several:
+        completed = torch.stack(completed)
+    elif not several and num_samples == 1:
+        completed, rounds = completed[0], rounds[0]
+    return (completed, rounds) if return_rounds else completed

@@ -7,18 +7,17 @@ functions know nothing of networks: `tokens_to_logits` may be any callable, a ra
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .schedule import gamma, mask_plan
+from .schedule import SCHEDULES, gamma, mask_plan
 
 DECODERS = ("maskgit", "halton", "reference")
-MAX_ITER = 8             # rounds at most, where their number follows from the picture
-ENTROPY_BUDGET = 200.0   # nats that may be accepted in a round, for each window of tokens
-REFERENCE_ITER = 10      # rounds of the reference
+REFERENCE_ITER = 10    # rounds of the reference
 
 # Known tokens must never be masked again. Noise can push a log-probability above 0, so no finite value is safe.
 KNOWN_CONFIDENCE = float("inf")
@@ -29,38 +28,15 @@ class Round(NamedTuple):
     masked: Tensor    # (B, N) bool: what the next round predicts again
 
 
-@torch.no_grad()
-def iterative_decode(
-    tokens: Tensor,
-    token_mask: Tensor,
-    tokens_to_logits: Callable[[Tensor], Tensor],
-    *,
-    mask_token_id: int,
-    generators: Sequence[torch.Generator],
-    schedule: str = "cosine",
-    total_iter: int | None = None,
-    sweet_spot: int | None = None,
-    max_iter: int = MAX_ITER,
-    entropy_budget: float = ENTROPY_BUDGET,
-    decoder: str = "maskgit",
-    temperature: float = 1.0,
-    choice_temperature: float = 4.5,
-    lengths: Sequence[int] | None = None,
-    windows: Sequence[int] | None = None,
-    order: Tensor | None = None,
-    on_round: Callable[[int], None] | None = None,
-) -> list[Round]:
-    """Fill masked tokens. Known tokens are returned unchanged, and the arguments are not written to.
+@dataclass(frozen=True)
+class Options:
+    """How masked tokens are filled.
 
     Without `total_iter` the number of rounds follows from the picture: a round accepts the surest tokens as long as the
     sum of their entropies stays within a budget, which bounds what is lost by sampling them independently of each other
-    (Ben-Hamu et al. 2025, https://arxiv.org/abs/2505.24857). Every row takes its own number of rounds.
+    (Ben-Hamu et al. 2025, https://arxiv.org/abs/2505.24857). Every picture takes its own number of rounds.
 
     Args:
-        tokens: (B, N) int64; what stands at masked positions is ignored.
-        token_mask: (B, N) bool, True = to be filled; every row has its own count.
-        tokens_to_logits: (B, N) tokens -> (M, K) logits of those that are `mask_token_id`, row by row.
-        generators: one for each row, so that a row's result doesn't depend on its neighbours in the batch.
         schedule: gamma function, one of `models.schedule.SCHEDULES`; used with `total_iter`.
         total_iter: T, rounds of the schedule. None: as many as the picture needs; for 'reference' 10.
         sweet_spot: stop after this round, 1..T; the schedule still follows T. None runs them all.
@@ -71,38 +47,98 @@ def iterative_decode(
             likeliest token and ranks by probability + noise, with progress counted from 0.
         temperature: divides the logits before sampling; 0 takes the likeliest token. Not used by 'reference'.
         choice_temperature: scale of the Gumbel noise in the ranking; falls to 0 over the rounds.
+    Raises:
+        ValueError: an option makes no sense.
+    """
+
+    schedule: str = "cosine"
+    total_iter: int | None = None
+    sweet_spot: int | None = None
+    max_iter: int = 8
+    entropy_budget: float = 150.0    # two rounds on average for thin holes; scores as eight rounds do
+    decoder: str = "maskgit"
+    temperature: float = 1.0
+    choice_temperature: float = 4.5
+
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {self.decoder!r}; expected one of {', '.join(DECODERS)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown mask schedule {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+        for name in ("total_iter", "max_iter"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.sweet_spot is not None and self.total_iter is None:
+            raise ValueError("sweet_spot is a round of total_iter: give total_iter too")
+        if self.sweet_spot is not None and not 1 <= self.sweet_spot <= self.total_iter:
+            raise ValueError(f"sweet_spot must lie in 1..total_iter ({self.total_iter}), got {self.sweet_spot}")
+        for name in ("temperature", "choice_temperature", "entropy_budget"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+
+    @property
+    def planned(self) -> int | None:
+        """T, or None where the number of rounds follows from the picture."""
+        return self.total_iter or (REFERENCE_ITER if self.decoder == "reference" else None)
+
+    @property
+    def rounds(self) -> int:
+        """The last round, at most."""
+        return self.sweet_spot or self.planned or self.max_iter
+
+
+@torch.no_grad()
+def iterative_decode(
+    tokens: Tensor,
+    token_mask: Tensor,
+    tokens_to_logits: Callable[[Tensor], Tensor],
+    *,
+    mask_token_id: int,
+    generators: Sequence[torch.Generator],
+    lengths: Sequence[int] | None = None,
+    windows: Sequence[int] | None = None,
+    order: Tensor | None = None,
+    on_round: Callable[[int], None] | None = None,
+    **options: Any,
+) -> list[Round]:
+    """Fill masked tokens. Known tokens are returned unchanged, and the arguments are not written to.
+
+    Args:
+        tokens: (B, N) int64; what stands at masked positions is ignored.
+        token_mask: (B, N) bool, True = to be filled; every row has its own count.
+        tokens_to_logits: (B, N) tokens -> (M, K) logits of those that are `mask_token_id`, row by row.
+        generators: one for each row, so that a row's result doesn't depend on its neighbours in the batch.
         lengths: (B,) tokens of each row that are its own; the others fill it up. Default: N.
         windows: (B,) windows that a row's tokens stand for. Default: 1.
         order: (B, N) when the halton decoder comes to each token. Default: that of a square grid.
         on_round: called with the number of each finished round, from 1.
+        options: see `Options`.
     Returns:
         One `Round` for each round run. The last one's `tokens` are the result.
     """
+    o = Options(**options)
     B, N = tokens.shape
-    if decoder == "reference" and total_iter is None:
-        total_iter = REFERENCE_ITER
-    _check(tokens, token_mask, total_iter, sweet_spot, max_iter, entropy_budget, decoder, temperature, choice_temperature,
-           generators)    # fmt: skip
-    plan = None if total_iter is None else _plan(decoder, schedule, token_mask.sum(1), total_iter)    # (B, T)
-    budget = entropy_budget * torch.tensor([1] * B if windows is None else list(windows), device=tokens.device)    # (B,)
-    if decoder == "halton" and order is None:
+    if token_mask.shape != tokens.shape or token_mask.dtype != torch.bool:
+        raise ValueError(f"token_mask must be bool {tuple(tokens.shape)}, got {token_mask.dtype} {tuple(token_mask.shape)}")
+    if len(generators) != B:
+        raise ValueError(f"{B} rows need as many generators, got {len(generators)}")
+    if o.decoder == "halton" and order is None:
         order = halton_order(N).to(tokens.device).expand(B, N)
-    total = total_iter or max_iter
+    plan = _plan(o, token_mask.sum(1)) if o.planned else None                              # (B, T)
+    budget = o.entropy_budget * torch.tensor(windows or [1] * B, device=tokens.device)     # (B,)
     masked, rounds = token_mask, []
-    for t, noise in enumerate(_noise(generators, sweet_spot or total, lengths or [N] * B, N).to(tokens.device), 1):
+    for t, noise in enumerate(_noise(generators, o.rounds, lengths or [N] * B, N).to(tokens.device), 1):
         positions = masked_positions(masked)                                               # (M,)
         if len(positions):
             logits = tokens_to_logits(torch.where(masked, mask_token_id, tokens))          # (M, K)
-            uniform = noise[:, 0].flatten()[positions]                                     # (M,)
-            tokens, score, entropy = _predict(decoder, logits, tokens, masked, temperature, uniform)
-            confidence = _confidence(decoder, score, t, total, choice_temperature, noise[:, 1], order)
-            confidence = torch.where(masked, confidence, KNOWN_CONFIDENCE)                 # (B, N)
+            tokens, score, entropy = _predict(o, logits, tokens, masked, noise[:, 0].flatten()[positions])
+            confidence = torch.where(masked, _confidence(o, score, t, noise[:, 1], order), KNOWN_CONFIDENCE)    # (B, N)
             if plan is not None:
                 left = plan[:, t - 1]                                                      # (B,)
-            elif t < max_iter:
-                left = _unaffordable(confidence, entropy, masked, budget)                  # (B,)
             else:
-                left = torch.zeros_like(budget)
+                left = _unaffordable(confidence, entropy, masked, budget) * (t < o.max_iter)
             masked = lowest(confidence, left) & masked                                     # (B, N)
         rounds.append(Round(tokens, masked))
         if on_round:
@@ -112,80 +148,54 @@ def iterative_decode(
     return rounds
 
 
-def _check(
-    tokens, token_mask, total_iter, sweet_spot, max_iter, entropy_budget, decoder, temperature, choice_temperature,
-    generators,
-) -> None:    # fmt: skip
-    """Refuse arguments that make no sense."""
-    if decoder not in DECODERS:
-        raise ValueError(f"unknown decoder {decoder!r}; expected one of {', '.join(DECODERS)}")
-    for name, value in (("total_iter", total_iter), ("max_iter", max_iter)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if sweet_spot is not None and total_iter is None:
-        raise ValueError("sweet_spot is a round of total_iter: give total_iter too")
-    if sweet_spot is not None and not 1 <= sweet_spot <= total_iter:
-        raise ValueError(f"sweet_spot must lie in 1..total_iter ({total_iter}), got {sweet_spot}")
-    for name, value in (
-        ("temperature", temperature), ("choice_temperature", choice_temperature), ("entropy_budget", entropy_budget),
-    ):    # fmt: skip
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be 0 or more, got {value}")
-    if token_mask.shape != tokens.shape or token_mask.dtype != torch.bool:
-        raise ValueError(f"token_mask must be bool {tuple(tokens.shape)}, got {token_mask.dtype} {tuple(token_mask.shape)}")
-    if len(generators) != len(tokens):
-        raise ValueError(f"{len(tokens)} rows need as many generators, got {len(generators)}")
-
-
 def _noise(generators: Sequence[torch.Generator], rounds: int, lengths: Sequence[int], longest: int) -> Tensor:
     """(rounds, B, 2, N) uniform numbers, as many of each generator as its row is long."""
     rows = [torch.rand(rounds, 2, n, generator=g) for g, n in zip(generators, lengths, strict=True)]
     return torch.stack([F.pad(row, (0, longest - row.shape[2]), value=0.5) for row in rows], 1)
 
 
-def _plan(decoder: str, schedule: str, hole: Tensor, total_iter: int) -> Tensor:
+def _plan(o: Options, hole: Tensor) -> Tensor:
     """(B, T): how many tokens of each row stay masked after every round."""
-    if decoder != "reference":
-        return mask_plan(schedule, hole, total_iter)
+    T = o.planned
+    if o.decoder != "reference":
+        return mask_plan(o.schedule, hole, T)
     # The reference counts progress from 0: its first round keeps nothing, and its last leaves tokens masked.
-    ratios = gamma(schedule, torch.arange(total_iter, dtype=torch.float64) / total_iter)   # (T,)
+    ratios = gamma(o.schedule, torch.arange(T, dtype=torch.float64) / T)                   # (T,)
     return (ratios * hole.cpu().unsqueeze(1)).ceil().long().to(hole.device)                # (B, T)
 
 
-def _predict(decoder: str, logits: Tensor, tokens: Tensor, masked: Tensor, temperature: float, uniform: Tensor):
+def _predict(o: Options, logits: Tensor, tokens: Tensor, masked: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Predicted tokens (B, N), known ones as given; scores (B, N), log-probabilities, for 'reference' probabilities; and
     entropies (B, N) in nats, 0 for known tokens."""
     if len(logits) != len(uniform):
         raise ValueError(f"tokens_to_logits must give a row for each of {len(uniform)} masked tokens, got {len(logits)}")
     logits = logits.float()                                                                # (M, K)
     log_p = logits.log_softmax(dim=-1)                                                     # (M, K)
-    if decoder == "reference" or temperature == 0:
+    if o.decoder == "reference" or o.temperature == 0:
         picked = log_p.argmax(dim=-1)                                                      # (M,)
     else:
         # Inverse transform: the first code whose cumulative probability exceeds a uniform number.
-        cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)                 # (M, K)
+        cumulative = (logits / o.temperature).softmax(dim=-1).cumsum(dim=-1)                 # (M, K)
         target = uniform.unsqueeze(1) * cumulative[:, -1:]                                 # (M, 1), in [0, total)
         picked = torch.searchsorted(cumulative, target, right=True).squeeze(1)             # (M,)
         picked = picked.clamp_max(logits.shape[1] - 1)
     score = log_p.gather(1, picked.unsqueeze(1)).squeeze(1)                                # (M,)
-    if decoder == "reference":
+    if o.decoder == "reference":
         score = score.exp()
     entropy = torch.special.entr(log_p.exp()).sum(1)                                       # (M,)
     zero = torch.zeros(tokens.shape, device=tokens.device)
     return tokens.masked_scatter(masked, picked), zero.masked_scatter(masked, score), zero.masked_scatter(masked, entropy)
 
 
-def _confidence(
-    decoder: str, score: Tensor, t: int, total_iter: int, choice_temperature: float, uniform: Tensor,
-    order: Tensor | None = None,
-) -> Tensor:    # fmt: skip
+def _confidence(o: Options, score: Tensor, t: int, uniform: Tensor, order: Tensor | None) -> Tensor:
     """(B, N), high = keep."""
-    if decoder == "halton":
+    if o.decoder == "halton":
         return -order.float()
     tiny = torch.finfo(uniform.dtype).tiny
     gumbel = -torch.log(-torch.log(uniform.clamp(tiny, 1 - 1e-7)))                         # (B, N)
-    progress = (t - 1) / total_iter if decoder == "reference" else t / total_iter
-    return score + choice_temperature * (1 - progress) * gumbel
+    total = o.planned or o.max_iter
+    progress = (t - 1) / total if o.decoder == "reference" else t / total
+    return score + o.choice_temperature * (1 - progress) * gumbel
 
 
 def _unaffordable(confidence: Tensor, entropy: Tensor, masked: Tensor, budget: Tensor) -> Tensor:

@@ -6,15 +6,13 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .completion import Job, complete_pictures
-from .convert import Given
+from .completion import inpaint
 from .decoding import Round, iterative_decode, masked_positions
 from .files import ModelFiles
 from .local_autoencoder import condition, condition_channels
@@ -53,11 +51,25 @@ def patch_pixels(
     return F.pixel_unshuffle(known, stride).flatten(2).transpose(1, 2)     # (B, N, 4 or 8 stride^2)
 
 
-def check_whole_numbers(**values: int) -> None:
-    for name, value in values.items():
-        least = 0 if name == "seed" else 1
-        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < 2**63:
-            raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
+def check_fit(vqgan: VQGANConfig, transformer: TransformerConfig) -> None:
+    """Refuse two configs that can't be one model."""
+    if transformer.codebook_size != vqgan.codebook_size:
+        raise ValueError(
+            f"transformer.codebook_size ({transformer.codebook_size}) must equal vqgan.codebook_size "
+            f"({vqgan.codebook_size})"
+        )
+    if transformer.seq_len != vqgan.grid**2:
+        raise ValueError(f"transformer.seq_len must be {vqgan.grid**2}, the VQGAN's tokens, got {transformer.seq_len}")
+    channels = condition_channels(vqgan.guess)
+    if transformer.pixel_dim not in (0, channels * vqgan.stride**2):
+        raise ValueError(
+            f"transformer.pixel_dim must be 0 or {channels * vqgan.stride**2} ({channels} numbers a pixel), "
+            f"got {transformer.pixel_dim}"
+        )
+    if vqgan.context_dim not in (0, transformer.embed_dim):
+        raise ValueError(
+            f"vqgan.context_dim must be 0 or transformer.embed_dim ({transformer.embed_dim}), got {vqgan.context_dim}"
+        )
 
 
 class MaskGIT(nn.Module, ModelFiles):
@@ -71,23 +83,7 @@ class MaskGIT(nn.Module, ModelFiles):
         super().__init__()
         vqgan = VQGANConfig(**vqgan) if isinstance(vqgan, dict) else vqgan
         transformer = TransformerConfig(**transformer) if isinstance(transformer, dict) else transformer
-        if transformer.codebook_size != vqgan.codebook_size:
-            raise ValueError(
-                f"transformer.codebook_size ({transformer.codebook_size}) must equal vqgan.codebook_size "
-                f"({vqgan.codebook_size})"
-            )
-        if transformer.seq_len != vqgan.grid**2:
-            raise ValueError(f"transformer.seq_len must be {vqgan.grid**2}, the VQGAN's tokens, got {transformer.seq_len}")
-        channels = condition_channels(vqgan.guess)
-        if transformer.pixel_dim not in (0, channels * vqgan.stride**2):
-            raise ValueError(
-                f"transformer.pixel_dim must be 0 or {channels * vqgan.stride**2} ({channels} numbers a pixel), "
-                f"got {transformer.pixel_dim}"
-            )
-        if vqgan.context_dim not in (0, transformer.embed_dim):
-            raise ValueError(
-                f"vqgan.context_dim must be 0 or transformer.embed_dim ({transformer.embed_dim}), got {vqgan.context_dim}"
-            )
+        check_fit(vqgan, transformer)
         self.vqgan = VQGAN(vqgan).requires_grad_(False)
         self.transformer = BidirectionalTransformer(transformer)
         self.train(self.training)
@@ -161,7 +157,7 @@ class MaskGIT(nn.Module, ModelFiles):
             precision: 'fp32' or 'bf16' (two to three times as fast where the hardware knows it) for transformer and
                 decoder; None leaves it to the caller's autocast, that is float32 outside of any.
             guess: (B, 4, H, W) of the hole's content, see `models.local_autoencoder.condition`.
-            options: see `models.decoding.iterative_decode`.
+            options: see `models.decoding.Options`.
         Returns:
             The decoded pictures (nothing is pasted here) and the rounds.
         """
@@ -251,32 +247,15 @@ class MaskGIT(nn.Module, ModelFiles):
             seed: completion i of a picture, or picture i of a list, uses seed + i.
             num_samples: completions of a single picture.
             return_rounds: also return the pictures and masked tokens of every round.
-            options: batch_size, paste, precision, on_progress; see `models.completion.complete_pictures`. Also schedule,
-                total_iter, sweet_spot, decoder, temperature, choice_temperature; see `models.decoding.iterative_decode`.
+            options: batch_size, paste, precision, on_progress; see `models.completion.complete_pictures`. Also total_iter,
+                schedule, temperature and others; see `models.decoding.Options`.
         Returns:
             One picture, of the type and size of `image`, always RGB; a list of them for a list or `num_samples` > 1; a
             tensor (B, 3, H, W) for one. With `return_rounds` a pair: these, and a list of `Snapshot` or of such lists.
         Raises:
             ValueError: picture and mask don't fit together, there is no hole, or an option makes no sense.
         """
-        batch_size = options.get("batch_size", 1)
-        check_whole_numbers(seed=seed, num_samples=num_samples, batch_size=batch_size)
-        several = isinstance(image, list | tuple) or isinstance(image, Tensor) and image.ndim == 4
-        if several and num_samples > 1:
-            raise ValueError("num_samples is for a single picture; give the picture several times instead")
-        images, masks = (list(image), list(mask)) if several else ([image], [mask])
-        if len(images) != len(masks):
-            raise ValueError(f"{len(images)} pictures need as many masks, got {len(masks)}")
-        given = [Given(*pair) for pair in zip(images, masks, strict=True)] * num_samples
-        jobs = (Job(x.pixels, x.hole, seed + i) for i, x in enumerate(given))
-        results = list(complete_pictures(self, jobs, keep_rounds=return_rounds, **options))
-        completed = [x.restore(r.image, options.get("paste", True)) for x, r in zip(given, results, strict=True)]
-        rounds = [r.rounds for r in results]
-        if isinstance(image, Tensor) and several:
-            completed = torch.stack(completed)
-        elif not several and num_samples == 1:
-            completed, rounds = completed[0], rounds[0]
-        return (completed, rounds) if return_rounds else completed
+        return inpaint(self, image, mask, seed, num_samples, return_rounds, options)
 
     @property
     def device(self) -> torch.device:

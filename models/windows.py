@@ -126,10 +126,19 @@ class WindowedModel:
         windows = torch.arange(len(self.index), device=self.index.device) if windows is None else windows
         return windows.split(self.batch_size)
 
+    def paired(self, part: Tensor, always: bool = False) -> Tensor:
+        """A single window twice, where the kernels for one picture round differently: in half precision, or always."""
+        single = len(part) == 1 and (always or torch.is_autocast_enabled(part.device.type))
+        return part.repeat(2) if single else part
+
     def known(self) -> Known:
         """The known part of the pictures."""
         shape = len(self.layout.lengths), self.layout.order.shape[1]
-        seen = [self.model.known(self.image[p], self.mask[p], pick(self.guess, p)) for p in self.parts()]
+        seen = []
+        for part in self.parts():
+            p = self.paired(part)
+            parts = self.model.known(self.image[p], self.mask[p], pick(self.guess, p))
+            seen.append([None if x is None else x[: len(part)] for x in parts])
         tokens, hidden, pixels, features = (join(values) for values in zip(*seen, strict=True))
         context = features
         if features is not None and not bool(self.alone.all()):
@@ -152,9 +161,9 @@ class WindowedModel:
         open_ = masked[self.index]                                               # (W, N)
         out = None
         for p in self.parts(open_.any(1).nonzero().squeeze(1)):
-            features = pick(known.features, p) if first else None
-            logits = self.model.masked_logits(given[p], pick(known.pixels, p), features)            # (m, K)
-            where = open_[p]
+            where, q = open_[p], self.paired(p)
+            features = pick(known.features, q) if first else None
+            logits = self.model.masked_logits(given[q], pick(known.pixels, q), features)[: where.sum()]    # (m, K)
             share = self.shares[p][where].unsqueeze(1)                           # (m, 1)
             logits = torch.where(share == 1, logits, logits.log_softmax(-1) * share)
             if out is None:
@@ -182,7 +191,7 @@ class WindowedModel:
         """Tokens (B, L) to windows (W, 3, S, S) in [-1, 1]."""
         tokens, decoded = tokens.flatten()[self.index], []                       # (W, N)
         for part in self.parts():
-            p = part if len(part) > 1 else part.repeat(2)    # the kernels for a single picture round differently
+            p = self.paired(part, always=True)
             pixels = self.model.decode(tokens[p], self.image[p], self.mask[p], pick(known.context, p), pick(self.guess, p))
             decoded.append(pixels[: len(part)])
         return torch.cat(decoded)
