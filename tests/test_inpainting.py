@@ -371,6 +371,9 @@ def test_a_large_set_is_read_while_it_is_completed(checkpoint, folders, monkeypa
     code, err = exit_code([*argv, "--output", folders / "c", "--device", "cpu"], capsys)
     assert code == 1 and "cat_4.png" in err and "4 picture(s) are completed" in err
     assert len(list((folders / "c/images").iterdir())) == 4
+    monkeypatch.undo()                                                      # a small set is read before anything is written
+    code, err = exit_code([*argv, "--output", folders / "d", "--device", "cpu"], capsys)
+    assert code == 2 and "cat_4.png" in err and not list((folders / "d").rglob("*.png"))
 
 
 def test_a_photograph_gets_the_model_for_photographs(folders, tmp_path, monkeypatch, capsys):
