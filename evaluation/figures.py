@@ -132,7 +132,8 @@ def schedule_curves(schedules: Sequence[str], path: str | Path) -> None:
 
 
 def ladder(rows: list[Row], score: str, path: str | Path) -> None:
-    """Horizontal bars, one a method in the file's order, each with its number."""
+    """Horizontal bars, one for each method that has the score, in the file's order, each with its number."""
+    rows = [row for row in rows if row[score]]
     values = [number(row, score) for row in rows]
     figure, axes = panels(1, 1, 5.6, 0.28 * len(rows) + 0.2)
     axis, places = axes[0, 0], range(len(rows))
