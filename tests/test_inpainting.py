@@ -114,6 +114,10 @@ def test_seeds_repeat_and_samples_differ(checkpoint, folders):
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
     assert not torch.equal(first["cat_4_s0"], first["cat_4_s1"])
+    for kind in ("images", "masks"):
+        (folders / kind / "twin.png").write_bytes((folders / kind / "cat_4.png").read_bytes())
+    twins = run(checkpoint, folders, "--seed", "7", out="d")
+    assert not torch.equal(twins["twin"], twins["cat_4"])    # the same picture of another name
 
 
 def test_no_paste_writes_the_whole_decode(checkpoint, folders):
