@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from pictures.ahead import read_ahead, write_behind
 from pictures.files import find_images, pair
 from pictures.folders import load_folder, read_square
 from pictures.holes import _distance_to_box_centre, _distance_to_polyline, _nearest, random_holes, random_walks
@@ -281,6 +282,41 @@ def test_load_folder_stops_at_or_skips_bad_pictures(tmp_path, capsys):
     assert "skipped 13 of 15 pictures" in said and "bad09.png" in said and "... and 3 more" in said
     with pytest.raises(UserError, match="unknown bad_images 'ignore'; expected 'error' or 'skip'"):
         load_folder(tmp_path, 8, bad_images="ignore")
+
+
+# ---- ahead and behind ----
+
+
+def test_reading_ahead_keeps_the_order_and_meets_bad_files_in_time():
+    def read(item: int) -> int:
+        if item == 7:
+            raise UserError("seven is bad")
+        return item * item
+
+    for budget in (1, 3, 100):
+        skipped: list[str] = []
+        got = list(read_ahead(read, range(10), lambda item: 1, budget, lambda error: skipped.append(str(error))))
+        assert got == [(i, i * i) for i in range(10) if i != 7] and skipped == ["seven is bad"]
+        before = []
+        with pytest.raises(UserError, match="seven"):
+            for item, _ in read_ahead(read, range(10), lambda item: 1, budget):
+                before.append(item)
+        assert len(before) == (0 if budget == 100 else 7)
+
+
+def test_writing_behind_raises_what_went_wrong():
+    written: list[int] = []
+    with write_behind(budget=2) as write:
+        for i in range(9):
+            write(1, written.append, i)
+    assert written == list(range(9))
+
+    def fail() -> None:
+        raise UserError("disk full")
+
+    with pytest.raises(UserError, match="disk full"):
+        with write_behind(budget=100) as write:
+            write(1, fail)
 
 
 # ---- random holes ----
