@@ -151,6 +151,14 @@ def test_settings_that_make_no_sense_are_refused_by_name(setting, tmp_path, chan
     assert change.partition("=")[0] in child.errors[-1]
 
 
+def test_stage_1_on_windows_resumes_exactly(setting, tmp_path):
+    flags = ("--epochs", "1", "--set", "train_vqgan.windows=24")
+    succeed("vqgan", setting.argv("vqgan", tmp_path / "whole", *flags))
+    assert run("vqgan", setting.argv("vqgan", tmp_path / "cut", *flags), kill_at(3)).code == -9
+    succeed("vqgan", setting.argv("vqgan", tmp_path / "cut", *flags, "--resume", "auto"))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", "vqgan")
+
+
 @pytest.mark.parametrize("windows", [24, 0])
 def test_holes_come_from_ones_own_masks(setting, tmp_path, windows):
     for kind, side in (("a", 40), ("b", 8)):

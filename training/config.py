@@ -44,9 +44,15 @@ class TrainConfig:
 
 @dataclass(config=STRICT)
 class WindowsConfig(TrainConfig):
-    """Keys of the stages that can learn from windows of photographs, see training/windows.py."""
+    """Keys of the stages that can learn from windows of photographs, see training/windows.py: all of them."""
 
     windows: Steps = 0                  # windows that make up an epoch; 0: whole pictures
+
+
+@dataclass(config=STRICT)
+class GuessConfig(WindowsConfig):
+    """Keys of the stages that can learn to take a guess of the hole's content: stage 2 and the finish."""
+
     guess_share: Fraction = 0.5         # share of the windows with a guess of the hole's content
     guess_gain: Positive = 1.0          # the weights of the guess's inputs move so many times as far; they may begin at zero
 

@@ -21,7 +21,7 @@ from models.maskgit import MaskGIT
 from models.perceptual import PerceptualFeatures, perceptual_distance
 from pictures.folders import load_folder
 from pictures.images import to_float
-from training.config import Fraction, Positive, Steps, Weight, WindowsConfig
+from training.config import Fraction, GuessConfig, Positive, Steps, Weight
 from training.finish_losses import decoder_terms, discriminator_terms
 from training.finish_models import continue_discriminators, load_discriminators, load_model, load_networks
 from training.loop import run_stage
@@ -42,7 +42,7 @@ Scales = Annotated[list[Count], Field(min_length=1)]    # enlargements at which 
 
 
 @dataclass(config=STRICT)
-class FinishConfig(WindowsConfig):
+class FinishConfig(GuessConfig):
     epochs: Count = 5
     sampled_share: float = 0.75                  # share of pictures whose holes have sampled tokens, not true ones
     discriminator_rate: Positive = 1e-4          # constant

@@ -22,7 +22,7 @@ from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
 from pictures.folders import load_folder
 from pictures.images import to_float
-from training.config import Fraction, Positive, Steps, Weight, WindowsConfig, check_size, fit_transformer
+from training.config import Fraction, GuessConfig, Positive, Steps, Weight, check_size, fit_transformer
 from training.loop import is_due, run_stage
 from training.losses import validation_holes, write_grid
 from training.masks import open_masks
@@ -41,7 +41,7 @@ from utils import UserError, build_config, seeded
 
 
 @dataclass(config=STRICT)
-class TrainTransformerConfig(WindowsConfig):
+class TrainTransformerConfig(GuessConfig):
     epochs: Count = 300
     batch_size: Count = 64
     optimizer: Literal["adamw", "muon"] = "adamw"    # muon: for the blocks' matrices; half the steps to the same loss

@@ -19,7 +19,7 @@ from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual
 from models.vqgan import VQGAN, VQGANConfig
 from pictures.folders import load_folder
 from pictures.images import to_float
-from training.config import Fraction, Positive, TrainConfig, Weight, check_size, fit_decoder
+from training.config import Fraction, Positive, Weight, WindowsConfig, check_size, fit_decoder
 from training.loop import run_stage
 from training.losses import hole_l1, hole_psnr, load_features, validation_holes, write_grid
 from training.masks import open_masks
@@ -30,11 +30,12 @@ from training.processes import on_main
 from training.run import Run
 from training.speed import Ahead
 from training.weights import fingerprint_module, trained_vqgan
+from training.windows import Windows, open_windows
 from utils import UserError, build_config, seeded
 
 
 @dataclass(config=STRICT)
-class TrainVQGANConfig(TrainConfig):
+class TrainVQGANConfig(WindowsConfig):
     learning_rate: Positive = 4e-4
     discriminator_rate: Positive = 2e-4    # constant
     validate_every: Count = 2
@@ -74,7 +75,7 @@ class VQGANRun(Run):
     longer = "To train longer, begin a new run from this one: --init its last.pt, another --output-dir"
 
     config: TrainVQGANConfig
-    pictures: FolderPictures | ShardPictures
+    pictures: FolderPictures | ShardPictures | Windows
     vqgan: nn.Module
     discriminator: nn.Module
     ema: VQGAN
@@ -116,8 +117,13 @@ def build_run(
     args: argparse.Namespace, model_config: VQGANConfig, c: TrainVQGANConfig, accelerator: Accelerator
 ) -> VQGANRun:
     """Pictures, models, optimizers and losses, on their device."""
-    pictures = open_pictures(args, model_config.image_size, c, accelerator)
-    val_images = load_folder(args.val_dir, model_config.image_size, args.bad_images, other_folders(args))[: c.val_pictures]
+    size, masks = model_config.image_size, open_masks(args)
+    if c.windows:
+        pictures, val_windows = open_windows(args, size, c, accelerator, masks)
+        val_images = val_windows.image
+    else:
+        pictures = open_pictures(args, size, c, accelerator)
+        val_images = load_folder(args.val_dir, size, args.bad_images, other_folders(args))[: c.val_pictures]
     torch.manual_seed(c.seed)
     vqgan = VQGAN(model_config)
     if args.init:
@@ -134,7 +140,7 @@ def build_run(
     configs = {"vqgan": asdict(model_config), "train_vqgan": asdict(c)}
     given = input_pictures(args, pictures, val_images) | {"perceptual weights": fingerprint_module(features)}
     return VQGANRun(
-        c, configs, accelerator, pictures, val_images, given, open_masks(args), vqgan, discriminator, ema, optimizer,
+        c, configs, accelerator, pictures, val_images, given, masks, vqgan, discriminator, ema, optimizer,
         optimizer_d, features, usage,
     )    # fmt: skip
 
@@ -167,9 +173,13 @@ def draw_batch(run: VQGANRun, step: int) -> tuple[Tensor, Tensor]:
     generator = seeded(c.seed, "vqgan batch", step)
     mirrored = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < 0.5
     known = torch.rand(c.batch_size, 1, 1, 1, generator=generator) < c.known_share
-    image = to_float(run.pictures.batch(step))                                   # (b, 3, H, W)
-    holes = run.masks.train.random_holes(c.batch_size, image.shape[-1], generator) | ~known      # (B, 1, H, W)
-    return torch.where(mirrored[run.mine], image.flip(3), image), holes[run.mine].float()
+    if c.windows:
+        image, _, _, holes = run.pictures.batch(step)                            # (b, 3, H, W), (B, 1, H, W)
+    else:
+        image = run.pictures.batch(step)                                         # (b, 3, H, W)
+        holes = run.masks.train.random_holes(c.batch_size, image.shape[-1], generator)       # (B, 1, H, W)
+    image = to_float(torch.where(mirrored[run.mine], image.flip(3), image))
+    return image, (holes | ~known)[run.mine].float()
 
 
 def train_step(run: VQGANRun, step: int, image: Tensor, mask: Tensor) -> dict[str, float]:

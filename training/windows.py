@@ -22,6 +22,7 @@ from pictures.files import find_images
 from pictures.holes import window_holes
 from pictures.images import read_image, to_float
 from pictures.shards import is_shards
+from training.config import GuessConfig
 from training.losses import write_grid
 from training.masks import Masks, MaskSource
 from training.pictures_by_step import other_folders
@@ -102,7 +103,7 @@ class Windows:
         photographs: each uint8 (3, H, W).
         size: S, side of a window.
         per_epoch: windows that make up an epoch.
-        guess_share: share of the windows with a guess.
+        guess_share: share of the windows with a guess; stage 1 takes none.
         masks: of which the holes are drawn, see training/masks.py.
     """
 
@@ -242,8 +243,9 @@ def validation_windows(
 def open_windows(args: Any, size: int, c: Any, accelerator: Any, masks: MaskSource) -> tuple[Windows, WindowBatch]:
     """The training windows of --train-dir, for a stage's config, and fixed ones of --val-dir to validate on."""
     place = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
+    share = c.guess_share if isinstance(c, GuessConfig) else 0.0
     photographs = load_photographs(args.train_dir, args.bad_images, other_folders(args))
-    windows = Windows(photographs, size, c.windows, c.batch_size, c.seed, c.guess_share, **place, masks=masks.train)
+    windows = Windows(photographs, size, c.windows, c.batch_size, c.seed, share, **place, masks=masks.train)
     val_photographs = load_photographs([args.val_dir], args.bad_images, other_folders(args))
     return windows, validation_windows(val_photographs, size, c.val_pictures, c.seed, masks.val)
 
