@@ -2,6 +2,7 @@
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -293,8 +294,9 @@ def test_reading_ahead_keeps_the_order_and_meets_bad_files_in_time():
             raise UserError("seven is bad")
         return item * item
 
+    skipped: list[str] = []
     for budget in (1, 3, 100):
-        skipped: list[str] = []
+        skipped.clear()
         got = list(read_ahead(read, range(10), lambda item: 1, budget, lambda error: skipped.append(str(error))))
         assert got == [(i, i * i) for i in range(10) if i != 7] and skipped == ["seven is bad"]
         before = []
@@ -311,12 +313,16 @@ def test_writing_behind_raises_what_went_wrong():
             write(1, written.append, i)
     assert written == list(range(9))
 
+    late = Event()
+
     def fail() -> None:
+        late.wait(timeout=10)
         raise UserError("disk full")
 
     with pytest.raises(UserError, match="disk full"):
         with write_behind(budget=100) as write:
             write(1, fail)
+            late.set()    # the last one fails when nothing more is written
 
 
 # ---- random holes ----
