@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import html
-import inspect
 from types import SimpleNamespace
 
 import gradio as gr
@@ -10,11 +9,11 @@ import gradio as gr
 from demo.completing import MAX_COMPLETIONS, MAX_ROUNDS, MAX_SEED
 from demo.painting import CANVAS, PAINT
 from demo.photos import KEPT
-from models.decoding import DECODERS, iterative_decode
+from models.decoding import DECODERS, Options
 from models.schedule import SCHEDULES
 from pictures.masks import COLOURS
 
-DEFAULTS = {name: p.default for name, p in inspect.signature(iterative_decode).parameters.items()}
+DEFAULTS = Options()
 INTRODUCTION = """# MaskGIT inpainting
 Paint over a part of a picture, and the model makes up what could be there. What you don't paint over stays as it is."""
 
@@ -51,7 +50,7 @@ def input_column(ui: SimpleNamespace, samples: list[str]) -> None:
         ui.upload_mask = gr.UploadButton("Upload a mask", size="md", elem_id="upload-mask")
     ui.editor = gr.ImageEditor(
         label="Paint the hole", type="numpy", format="png", sources=(), transforms=(), layers=False, buttons=[],
-        canvas_size=(CANVAS[0], CANVAS[0]), height=520, elem_id="editor",
+        canvas_size=(CANVAS, CANVAS), height=520, elem_id="editor",
         brush=gr.Brush(default_size=32, colors=[PAINT], color_mode="fixed"), eraser=gr.Eraser(default_size=32),
     )    # fmt: skip
     ui.wipe = gr.Button("Remove the paint", size="md")
@@ -64,14 +63,14 @@ def options(ui: SimpleNamespace) -> None:
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         with gr.Row():
             ui.rounds = gr.Slider(0, MAX_ROUNDS, 0, step=1, label="Rounds", info="0: as many as the picture needs")
-            ui.sweet_spot = gr.Slider(0, MAX_ROUNDS, 0, step=1, label="Sweet spot", info="stop after this round; 0: run all")
+            ui.sweet_spot = gr.Slider(0, MAX_ROUNDS, 0, step=1, label="Sweet spot", info="0: run all rounds")
         with gr.Row():
-            heat, chance = DEFAULTS["temperature"], DEFAULTS["choice_temperature"]
+            heat, chance = DEFAULTS.temperature, DEFAULTS.choice_temperature
             ui.temperature = gr.Slider(0, 2, heat, step=0.05, label="Temperature", info="0: likeliest, 2: most varied")
             ui.choice = gr.Slider(0, 20, chance, step=0.5, label="Choice temperature", info="chance in the order")
         with gr.Row():
-            ui.schedule = gr.Dropdown(list(SCHEDULES), value=DEFAULTS["schedule"], label="Schedule")
-            ui.decoder = gr.Dropdown(list(DECODERS), value=DEFAULTS["decoder"], label="Decoder")
+            ui.schedule = gr.Dropdown(list(SCHEDULES), value=DEFAULTS.schedule, label="Schedule")
+            ui.decoder = gr.Dropdown(list(DECODERS), value=DEFAULTS.decoder, label="Decoder")
         ui.hole_colour = gr.Radio(COLOURS, value="black", label="Colour of the hole in uploaded masks")
 
 
@@ -100,6 +99,6 @@ def endpoint(ui: SimpleNamespace) -> None:
             gr.File(label="image"), gr.File(label="mask"), gr.Number(0, label="seed", precision=0),
             gr.Radio(COLOURS, value="white", label="hole"),
             gr.Number(0, label="total_iter", precision=0),
-            gr.Number(DEFAULTS["temperature"], label="temperature"),
+            gr.Number(DEFAULTS.temperature, label="temperature"),
         ]    # fmt: skip
         ui.api_call, ui.api_result = gr.Button(), gr.File(label="completed")

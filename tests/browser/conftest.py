@@ -184,7 +184,7 @@ class Visit:
             self.page.get_by_role("button", name=button, exact=True).click()
         chooser.value.set_files({"name": name, "mimeType": "image/png", "buffer": data})
 
-    def paint(self, *points: tuple[float, float], canvas: tuple[int, int] = (512, 512)) -> None:
+    def paint(self, *points: tuple[float, float], canvas: tuple[int, int] = (1024, 1024)) -> None:
         """A stroke through points given as shares of the picture's width and height. `canvas`: its size on the canvas."""
         area = self.page.locator("#editor canvas").first
         area.scroll_into_view_if_needed()
