@@ -74,7 +74,7 @@ def training_loop(run: Run, folder: Path, progress: Progress, on_nan: str = "sto
         tqdm(total=total * c.batch_size, initial=progress.step * c.batch_size, unit="img", disable=not main) as bar,
     ):
         if main and progress.step == total:
-            print(f"notice: this run is finished. {run.longer}", file=sys.stderr)
+            notice(f"this run is finished. {run.longer}")
         if main and progress.step == 0:
             save_last(folder, run.state() | asdict(progress))    # a disk that is too small shows now, not after hours
         while progress.step < total and not stopped:
@@ -143,5 +143,5 @@ def step_or_skip(train_step: Callable[[int], dict[str, float]], progress: Progre
         progress.skipped += 1
         if progress.skipped > MAX_SKIPPED:
             raise NotFinite(f"{error} ({MAX_SKIPPED} steps were left out before, more are not)") from error
-        tqdm.write(f"notice: step left out ({progress.skipped} of at most {MAX_SKIPPED}): {error}", file=sys.stderr)
+        notice(f"step left out ({progress.skipped} of at most {MAX_SKIPPED}): {error}")
         return {"skipped": progress.skipped}
