@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,14 +95,6 @@ def test_refused_files_are_named_without_the_servers_path(tmp_path, name, word):
     assert name in str(error.value) and str(tmp_path) not in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore:Image size")
-def test_the_limit_of_pixels_holds_for_whatever_pillow_opens(tmp_path, monkeypatch):
-    path = saved(tmp_path, "bomb.png", Image.new("1", (300, 300)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match="1,000,000"):
-        open_photo(path, MAX_PIXELS)
-
-
 @pytest.mark.parametrize("colour", ["black", "white"])
 def test_a_mask_gives_the_hole(tmp_path, colour):
     hole = box(40, 60)
@@ -173,15 +164,6 @@ def test_a_thin_line_in_a_picture_larger_than_the_canvas_is_kept_exactly():
     assert changed[:, 42:76, 2740:3120].all() and changed[:, :100].sum() < 44 * 410
 
 
-def test_paint_of_all_layers_counts_and_no_layer_is_no_hole():
-    one, two = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
-    one[:, 3:9], two[:, 40:50, 5:9] = True, True
-    layers = [as_editor(editor_value(replace(photo(64, 64), hole=hole)))["layers"][0] for hole in (one, two)]
-    assert torch.equal(painted({"layers": layers}, photo(64, 64)), one | two)
-    for nothing in (None, {}, {"layers": []}, {"layers": None}, as_editor(editor_value(photo()))):
-        assert not painted(nothing, photo()).any()
-
-
 @pytest.mark.parametrize(
     ("size", "box"),
     [((64, 64), (0, 0, 1024, 1024)), ((600, 800), (0, 128, 1024, 896)), ((3000, 1500), (256, 0, 768, 1024)),
@@ -190,6 +172,11 @@ def test_paint_of_all_layers_counts_and_no_layer_is_no_hole():
 def test_the_picture_fills_the_canvas_and_keeps_its_shape(size, box):
     shown = editor_value(photo(*size))["background"]
     assert frame(photo(*size)) == box == ImageChops.difference(shown, Image.new("RGB", shown.size, MARGIN)).getbbox()
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"layers": []}, {"layers": None}, as_editor(editor_value(photo()))])
+def test_no_paint_is_no_hole(nothing):
+    assert not painted(nothing, photo()).any()
 
 
 # ---- completing ----
