@@ -40,8 +40,9 @@ def installed(tmp_path_factory) -> tuple[Path, Path]:
     python = environment / "bin/python"
     packages = next(environment.glob("lib/python*/site-packages"))
     (packages / "torch-and-others.pth").write_text(sysconfig.get_path("purelib"))
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--no-index", "--no-deps"]
-    subprocess.run([*map(str, pip), "--no-build-isolation", "--quiet", str(source)], check=True, timeout=120)
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "--quiet"]
+    flags = ["--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*map(str, pip), "install", *flags, str(source)], check=True, timeout=120)
     return python, packages
 
 

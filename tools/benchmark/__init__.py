@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from tools.benchmark import completion, photos, training    # torch is slow to import
+    from tools.benchmark import completion, photos, training  # torch is slow to import
     from utils import pick_device
 
     device = pick_device(args.device)
