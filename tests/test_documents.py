@@ -66,7 +66,8 @@ def reader(tmp_path, monkeypatch) -> Path:
             shutil.copy(source, tmp_path / name / path.name)
     torch.manual_seed(0)
     sections = utils.load_config(ROOT / "configs/tiny.yml")
-    models.MaskGIT(sections["vqgan"], sections["transformer"]).save_file("tiny.safetensors")
+    whole = sections["vqgan"] | {"image_size": 64}, sections["transformer"] | {"seq_len": 256}
+    models.MaskGIT(*whole).save_file("tiny.safetensors")
     return tmp_path
 
 
