@@ -69,6 +69,7 @@ def test_the_rounds_are_shown_for_the_chosen_completion(visit):
     seen.page.get_by_label("Thumbnail 2 of 3").click()
     seen.status("Sample cat1")
     seen.page.get_by_role("button", name="Advanced").click()
+    seen.page.wait_for_timeout(2000)    # Gradio sets the controls of an opened part once more
     seen.page.get_by_label("number input for Rounds").fill("6")
     seen.page.get_by_label("number input for Rounds").blur()
     spot = seen.page.get_by_label("number input for Sweet spot")
