@@ -15,6 +15,7 @@ from pathlib import Path
 from utils import Parser, UserError, run_cli
 
 HERE = Path(__file__).resolve().parent.parent
+CANVAS_MEGABYTES = 5    # the browser sends the canvas, 1024x1024 RGBA, as a file
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -38,9 +39,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     if not 1 <= args.port <= 65535:
         raise UserError(f"--port must lie in 1..65535, got {args.port}")
-    for name in ("max_pixels", "max_megabytes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.max_pixels < 1:
+        raise UserError(f"--max-pixels must be at least 1, got {args.max_pixels}")
+    if args.max_megabytes < CANVAS_MEGABYTES:
+        raise UserError(f"--max-megabytes must be at least {CANVAS_MEGABYTES}, as large as the editor's canvas can become, "
+                        f"got {args.max_megabytes}")    # fmt: skip
     if args.root_path and not args.root_path.startswith(("/", "http://", "https://")):
         raise UserError(f"--root-path must begin with /, e.g. /inpainting, got {args.root_path!r}")
     if args.host not in LOOPBACK:

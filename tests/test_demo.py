@@ -254,7 +254,7 @@ def test_levels_are_named_and_the_animation_holds_every_round():
 
 @pytest.mark.parametrize(
     ("flags", "word"),
-    [("--port 0", "--port"), ("--max-pixels 0", "--max-pixels"), ("--max-megabytes -1", "--max-megabytes"),
+    [("--port 0", "--port"), ("--max-pixels 0", "--max-pixels"), ("--max-megabytes 4", "--max-megabytes"),
      ("--root-path inpainting", "begin with /"), ("--colour red", "--colour")],
 )    # fmt: skip
 def test_flags_that_cannot_work_are_refused(flags, word):

@@ -22,7 +22,7 @@ from utils import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120    # seconds for whatever takes a moment; a busy machine takes longer
-MAX_PIXELS, MAX_MEGABYTES = 4_000_000, 2
+MAX_PIXELS, MAX_MEGABYTES = 4_000_000, 5
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",

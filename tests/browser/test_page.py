@@ -181,6 +181,7 @@ def test_a_phone_s_width_and_a_finger_are_enough(visit):
     page.wait_for_timeout(2000)
     page.locator("#complete").tap()
     seen.status("Nothing is painted yet")
+    page.locator("#editor canvas").first.scroll_into_view_if_needed()
     box, _ = seen.settled(page.locator("#editor canvas").first)
     page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#editor [aria-label='Undo']:not([disabled])")

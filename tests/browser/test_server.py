@@ -89,7 +89,7 @@ def test_an_upload_cannot_name_a_file_of_the_machine_or_an_address(server, path)
 def test_uploads_of_too_many_bytes_are_refused_by_the_server(server):
     edge = "----edge"
     head = f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
-    body = head.encode() + bytes(3_000_000) + f"\r\n--{edge}--\r\n".encode()
+    body = head.encode() + bytes(6_000_000) + f"\r\n--{edge}--\r\n".encode()
     status, _ = get(f"{server.url}gradio_api/upload", body, **{"Content-Type": f"multipart/form-data; boundary={edge}"})
     assert status == 413
     assert sum(path.stat().st_size for path in server.temporary.rglob("*") if path.is_file()) < 50_000_000
