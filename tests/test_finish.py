@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tiny_runs import metrics, train_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,14 +33,6 @@ TERMS = ("l1", "laplacian", "perceptual", "sampled_l1", "sampled_perceptual", "a
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return train_all(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(autouse=True)
-def new_accelerator():
-    """accelerate keeps its first precision and device for the whole process, unless it is made to forget it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def flags(runs, output, *more) -> list[str]:
@@ -115,6 +106,18 @@ def test_it_resumes_where_it_stopped(runs, tmp_path):
         for key, state in whole[part]["state"].items():
             assert all(torch.equal(value, again[part]["state"][key][name]) for name, value in state.items())
     assert metrics(tmp_path / "again") == [line for line in metrics(tmp_path / "whole") if line["step"] > 2]
+
+
+def test_on_windows_it_learns_to_take_a_guess_and_resumes(runs, tmp_path):
+    """A model that took none gets inputs for it, which begin at zero."""
+    flags = ["--set", "train_finish.windows=16", "train_finish.guess_gain=3"]
+    whole = finish(runs, tmp_path / "whole", *flags)
+    inputs = whole["ema"]["condition.0.weight"]
+    assert inputs[:, inputs.shape[1] // 2 :].abs().max() > 0
+    assert MaskGIT.from_pretrained(tmp_path / "whole/maskgit.safetensors").vqgan.config.guess
+    again = finish(runs, tmp_path / "again", "--resume", tmp_path / "whole/previous.pt", *flags)
+    for part in ("decoder", "ema", "discriminator"):
+        assert all(torch.equal(whole[part][name], again[part][name]) for name in whole[part])
 
 
 def test_samples_serve_for_several_epochs(runs, tmp_path, monkeypatch):

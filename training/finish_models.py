@@ -15,7 +15,7 @@ from models.perceptual import PerceptualFeatures
 from models.vqgan import VQGAN, VQGANConfig
 from training.checkpoints import load_checkpoint
 from training.losses import load_features
-from training.weights import tokenizer_difference, with_guess
+from training.weights import load_vqgan, tokenizer_difference, vqgan_with_guess, with_guess
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def load_model(path: str, vqgan: str | None, c: FinishConfig) -> tuple[MaskGIT, 
         state = load_checkpoint(vqgan, "vqgan-training")
         if name := tokenizer_difference(state["ema"], model.vqgan.state_dict()):
             raise UserError(f"{vqgan} has other tokens than {path}: {name} differs; give its own VQGAN")
-        model.vqgan, discriminator = model.vqgan.without_context(), state["discriminator"]
-        model.vqgan.load_state_dict(state["ema"])
+        first, discriminator = load_vqgan(vqgan), state["discriminator"]
+        model.vqgan = vqgan_with_guess(first) if model.vqgan.config.guess else first
     config = model.vqgan.config
     if config.context_dim and not c.context:
         raise UserError(

@@ -243,6 +243,8 @@ def validation_windows(
 def open_windows(args: Any, size: int, c: Any, accelerator: Any, masks: MaskSource) -> tuple[Windows, WindowBatch]:
     """The training windows of --train-dir, for a stage's config, and fixed ones of --val-dir to validate on."""
     place = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
+    if c.windows < c.batch_size:
+        raise UserError(f"config windows ({c.windows}, an epoch) must be at least batch_size ({c.batch_size})")
     share = c.guess_share if isinstance(c, GuessConfig) else 0.0
     photographs = load_photographs(args.train_dir, args.bad_images, other_folders(args))
     windows = Windows(photographs, size, c.windows, c.batch_size, c.seed, share, **place, masks=masks.train)
