@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the pictures and weights in {folder}, which is not there")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def new_accelerator() -> Iterator[None]:
+    """accelerate keeps its first precision and device for the whole process, unless it is made to forget them."""
+    yield
+    if "accelerate.state" in sys.modules:
+        for state in ("AcceleratorState", "GradientState", "PartialState"):
+            getattr(sys.modules["accelerate.state"], state)._reset_state()
 
 
 @pytest.fixture
