@@ -137,7 +137,7 @@ def test_bad_input_gets_a_sentence_and_the_page_lives_on(visit):
     seen = visit()
     plain = png(noise(64, 64))
     for name, data, words in (
-        ("huge.png", png(Image.new("1", (10_000, 10_000))), "more than the 4,000,000 allowed|far more pixels"),
+        ("huge.png", png(Image.new("1", (10_000, 10_000))), "more than the 4,000,000 pixels"),
         ("words.txt", b"these are words", "words.txt is not a picture"),
         ("cut.png", plain[: len(plain) // 2], "cannot read cut.png"),
         ("empty.png", b"", "empty.png is not a picture"),
