@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from models.decoding import masked_positions
+from models.local_autoencoder import condition
 from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
@@ -231,3 +232,19 @@ def test_a_vqgan_without_its_context_is_another_transformers_to_use():
     assert plain.config.context_dim == 0 and model.vqgan.config.context_dim == 16
     torch.testing.assert_close(plain.decode(tokens), model.vqgan.decode(tokens))
     MaskGIT(plain.config, TransformerConfig(codebook_size=32, seq_len=16, embed_dim=8, num_heads=2, depth=1, mlp_dim=8))
+
+
+def test_a_guess_counts_in_the_hole_alone_and_where_it_is_one():
+    g = torch.Generator().manual_seed(0)
+    image, colours = torch.rand(2, 3, 8, 8, generator=g), torch.rand(2, 3, 8, 8, generator=g)
+    hole = torch.zeros(2, 1, 8, 8)
+    hole[:, :, 2:6, 1:7] = 1
+    given = torch.zeros(2, 1, 8, 8)
+    given[:, :, :4] = 1
+    seen = condition(image, hole, True, torch.cat([colours, given], 1))                # (2, 8, 8, 8)
+    guessed = (hole * given).bool()
+    assert torch.equal(seen[:, 7:].bool(), guessed) and torch.equal(seen[:, 4:7], colours.masked_fill(~guessed, 0))
+    assert torch.equal(seen[:, :4], condition(image, hole, False))    # known colours and hole as without one
+    assert not condition(image, hole, True)[:, 4:].any()
+    with pytest.raises(ValueError, match="guess"):
+        condition(image, hole, False, torch.cat([colours, given], 1))
