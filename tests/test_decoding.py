@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models import MaskGIT
 from models.decoding import DECODERS, Round, halton_order, iterative_decode
-from models.schedule import SCHEDULES, gamma
+from models.schedule import SCHEDULES, gamma, mask_plan
 
 N, K = 36, 11    # a 6x6 grid
 MASK = K
@@ -453,3 +453,20 @@ def test_precision_is_an_option(model):
     assert (half.rounds[0].tokens == plain.rounds[0].tokens).float().mean() > 0.9
     with pytest.raises(ValueError, match="precision must be 'fp32' or 'bf16', got 'fp16'"):
         model.complete(image, mask, seeds, precision="fp16")
+
+
+def test_the_noise_in_the_order_falls_with_the_rounds():
+    N, K, T, c = 36, 8, 3, 4.5
+    table = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
+    score = table.log_softmax(-1).amax(-1)                                                # of the likeliest tokens
+    rounds = iterative_decode(
+        torch.zeros(1, N, dtype=torch.long), torch.ones(1, N, dtype=torch.bool), lambda tokens: table[tokens[0] == K],
+        mask_token_id=K, generators=[torch.Generator().manual_seed(0)], total_iter=T, temperature=0, choice_temperature=c,
+    )    # fmt: skip
+    uniform = torch.rand(T, 2, N, generator=torch.Generator().manual_seed(0))[:, 1]
+    masked = torch.ones(N, dtype=torch.bool)
+    for t, (noise, left) in enumerate(zip(uniform, mask_plan("cosine", torch.tensor([N]), T)[0], strict=True), 1):
+        order = score - c * (1 - t / T) * torch.log(-torch.log(noise))
+        least = order.masked_fill(~masked, float("inf")).argsort()[:left]
+        masked = torch.zeros(N, dtype=torch.bool).index_fill(0, least, True)
+        assert torch.equal(rounds[t - 1].masked[0], masked)

@@ -285,3 +285,12 @@ def test_rows_of_unequal_length_draw_their_own_numbers():
     both = iterative_decode(tokens, mask, logits, mask_token_id=5, generators=[rng(1), rng(2)], lengths=[6, 9], total_iter=3)
     one = iterative_decode(tokens[:1, :6], mask[:1, :6], logits, mask_token_id=5, generators=[rng(1)], total_iter=3)
     assert torch.equal(both[-1].tokens[0, :6], one[-1].tokens[0])
+
+
+def test_without_a_guess_the_middle_of_a_deep_hole_comes_from_the_level_below():
+    deep_hole = job(96, 96, (16, 80, 16, 80))
+    result, = complete(make_model(), deep_hole, keep_rounds=True, total_iter=1)
+    last = [shot for shot in result.rounds if shot.level == result.rounds[-1].level]
+    taken = deep_hole.hole[0] & (last[0].picture[:, :96, :96] != 128).any(0)           # not gray before the first round
+    assert taken[40:56, 40:56].all() and not taken[16:18].any()
+    assert torch.equal(result.image[:, taken], last[0].picture[:, :96, :96][:, taken])
