@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_runs import (
+    KINDS,
     STEPS,
     Child,
     assert_same_run,
@@ -22,6 +23,7 @@ from tiny_runs import (
 )
 
 import training.vqgan
+from models.precision import pick_precision
 from training.checkpoints import load_checkpoint, save_checkpoint
 
 STAGES = ("vqgan", "transformer")
@@ -134,6 +136,18 @@ def test_accumulation_may_change_on_the_way(whole, setting, tmp_path):
         assert losses == pytest.approx(ends[0], abs=1e-4)
     # A checkpoint of one may be continued with the other.
     succeed(stage, setting.argv(stage, tmp_path / "1", "--epochs", "1", "--accum-grad", "2", "--resume", "auto", *flags))
+
+
+def test_precision_is_that_of_the_machine_unless_it_is_given(whole, setting, tmp_path):
+    stage, folder = whole
+    here = pick_precision("auto", torch.device("cpu"))
+    other = {"fp32": "bf16", "bf16": "fp32"}[here]
+    assert load_checkpoint(folder / "last.pt", KINDS[stage])["config"][f"train_{stage}"]["precision"] == here
+    flags = ["--set", f"train_{stage}.precision={other}"]
+    refused(stage, setting.argv(stage, folder, "--resume", "auto", *flags), "precision")
+    succeed(stage, setting.argv(stage, tmp_path / "other", *flags))
+    first, second = ([line["loss"] for line in metrics(path) if "loss" in line] for path in (folder, tmp_path / "other"))
+    assert second[:3] == pytest.approx(first[:3], rel=0.05) and second[:3] != first[:3]
 
 
 def test_what_is_no_continuation_is_refused(whole, setting):

@@ -34,7 +34,7 @@ class TrainConfig:
     warmup_steps: Steps = 200           # optimizer steps
     grad_clip: Positive = 1.0           # largest gradient norm
     ema_decay: Fraction = 0.999         # of the averaged weights
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"    # auto: bf16 where the hardware multiplies in it
     seed: Seed = 0
     log_every: Count = 50               # steps
     save_every: Count = 500             # steps between two last.pt

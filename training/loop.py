@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from models.precision import pick_precision
 from training.checkpoints import Progress, find_resume, resume_run, save_checkpoint, save_last
 from training.logger import Logger
 from training.processes import agreed_signal, check_split, errors_told_once, on_main, start_accelerator
 from training.run import Run
 from training.speed import check_capture
 from training.stopping import NotFinite, StopRequest
-from utils import UserError, notice, seeded, writable_folder
+from utils import UserError, notice, pick_device, seeded, writable_folder
 
 TELL_AFTER, DAY = 20, 24 * 3600    # seconds
 MAX_SKIPPED = 10    # steps that --on-nan skip leaves out before it gives up
@@ -29,12 +30,13 @@ def run_stage(args: Any, c: Any, kind: str, build: Callable[[Any], Run], **ddp_o
 
     Args:
         args: the command's flags.
-        c: the stage's config.
+        c: the stage's config; its precision 'auto' is replaced by the one that this machine trains in.
         kind: of its checkpoints.
         build: accelerator -> the run.
     Returns:
         The exit code of `training_loop`.
     """
+    c.precision = pick_precision(c.precision, pick_device(args.device))    # so the checkpoint says which one it was
     accelerator = start_accelerator(args.device, c.precision, **ddp_options)
     with errors_told_once(accelerator, args.output_dir):
         check_split(c.batch_size, c.accum_grad, accelerator)
