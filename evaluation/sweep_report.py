@@ -27,18 +27,24 @@ def report(rows: list[tables.Row], args, judge: Judge, command: str) -> str:
     lines += [f"- {note}" for note in judge.notes(count)]
     for label in tables.unique(map(tables.setting_label, rows)):
         whole = [row for row in rows if tables.setting_label(row) == label and row["sweet_spot"] == row["total_iter"]]
+        whole += [row for row in rows if tables.setting_label(row) == label and row["total_iter"] == tables.NEED]
         if whole:
             lines += ["", f"## {label}", "", *by_rounds(whole, score)]
     return "\n".join([*lines, "", "## The best", "", *best(rows, judge), ""])
 
 
 def by_rounds(rows: list[tables.Row], score: str) -> list[str]:
-    """A row for each t = T, a column for each schedule."""
-    schedules = tables.unique(row["mask_func"] for row in rows)
+    """A row for each t = T, a column for each schedule; a row for the rounds by need, which have no schedule."""
+    planned, by_need = tables.planned(rows), [row for row in rows if row["total_iter"] == tables.NEED]
+    schedules = tables.unique(row["mask_func"] for row in planned) or ["no schedule"]
     lines = []
-    for total in sorted({int(row["total_iter"]) for row in rows}):
-        cells = [[row for row in rows if row["mask_func"] == name and int(row["total_iter"]) == total] for name in schedules]
+    for total in sorted({int(row["total_iter"]) for row in planned}):
+        same = [row for row in planned if row["total_iter"] == str(total)]
+        cells = [[row for row in same if row["mask_func"] == name] for name in schedules]
         lines.append([str(total), *(mean(cell, score) if cell else "" for cell in cells)])
+    if by_need:
+        taken = tables.mean_and_spread(by_need, "rounds")[0]
+        lines.append([f"by need: {taken:.1f} rounds", mean(by_need, score), *[""] * (len(schedules) - 1)])
     return tables.markdown(["t = T", *schedules], lines)
 
 
@@ -51,8 +57,11 @@ def best(rows: list[tables.Row], judge: Judge) -> list[str]:
     every = judge.names(svm=False)
     scores = tables.unique([every[0], *(name for name in every if is_distance(name) or name in SHOWN)])
     ranked = sorted(groups.items(), key=lambda item: tables.mean_and_spread(item[1], scores[0])[0])[:BEST]
-    lines = [[*group, str(len(members)), *(mean(members, name) for name in scores)] for group, members in ranked]
-    return tables.markdown([*names, "seeds", *scores], lines)
+    lines = []
+    for group, members in ranked:
+        rounds = tables.mean_and_spread(members, "rounds")[0]
+        lines.append([*group, str(len(members)), f"{rounds:.1f}", *(mean(members, name) for name in scores)])
+    return tables.markdown([*names, "seeds", "rounds", *scores], lines)
 
 
 def mean(rows: list[tables.Row], score: str) -> str:
@@ -66,7 +75,8 @@ def mean(rows: list[tables.Row], score: str) -> str:
 
 def draw(model: MaskGIT, picture: Picture, rows: list[tables.Row], judge: Judge, args) -> None:
     """All figures of a sweep, the rounds those of one picture."""
-    figures.draw_sweep(rows, judge.names(svm=False)[0], args.output)
+    if planned := tables.planned(rows):
+        figures.draw_sweep(planned, judge.names(svm=False)[0], args.output)
     figures.schedule_curves(args.mask_func, args.output / "schedules.png")
     for total in args.total_iter:
         strips = {}
@@ -75,10 +85,10 @@ def draw(model: MaskGIT, picture: Picture, rows: list[tables.Row], judge: Judge,
                 [result] = complete(model, [picture], setting, args, total, keep_rounds=True)
                 strips[setting.mask_func] = result.rounds
         if strips:
-            draw_rounds(picture, strips, args.output / f"rounds_{total}.png")
+            draw_rounds(picture, strips, args.output / f"rounds_{total or tables.NEED}.png")
 
 
-def draw_rounds(picture: Picture, strips: dict[str, list[Snapshot]], path: Path) -> None:
+def draw_rounds(picture: Picture, strips: dict[str | None, list[Snapshot]], path: Path) -> None:
     """Picture and token mask before the first and after every round, wrapped, one block for each schedule."""
     rows = [[picture.original, picture.image.masked_fill(picture.hole, 128)]]
     labels = ["original, input"]
@@ -86,7 +96,7 @@ def draw_rounds(picture: Picture, strips: dict[str, list[Snapshot]], path: Path)
         for start in range(0, len(rounds), PER_ROW):
             part = rounds[start : start + PER_ROW]
             rows += [[x.picture for x in part], [mask_picture(x) for x in part]]
-            labels += [f"{name}, rounds {start}-{start + len(part) - 1}", "still masked"]
+            labels += [f"{name or 'by need'}, rounds {start}-{start + len(part) - 1}", "still masked"]
     write_grid(path, rows, labels)
 
 

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from evaluation import tables
 from evaluation.judge import Judge, Measurements
 from evaluation.sets import Picture
@@ -25,21 +23,20 @@ class Setting:
     """Everything that one decode depends on, beside the model and the pictures."""
 
     decoder: str
-    mask_func: str
-    total_iter: int
+    mask_func: str | None               # None where the rounds follow from the picture
+    total_iter: int | None              # the same
     temperature: float | None           # None where the decoder has no use for it
     choice_temperature: float | None
     seed: int
 
     def options(self) -> dict:
         """Arguments of `iterative_decode`."""
-        options = {"decoder": self.decoder, "schedule": self.mask_func, "total_iter": self.total_iter}
-        temperatures = {name: getattr(self, name) for name in ("temperature", "choice_temperature")}
-        return options | {name: value for name, value in temperatures.items() if value is not None}
+        values = asdict(self) | {"schedule": self.mask_func}
+        return {name: value for name, value in values.items() if value is not None and name not in ("mask_func", "seed")}
 
-    def columns(self, spot: int) -> dict[str, str]:
+    def columns(self, spot: int | None) -> dict[str, str]:
         """The results' columns that tell this decode, stopped after round `spot`, from every other."""
-        values = asdict(self) | {"sweet_spot": spot}
+        values = asdict(self) | {"sweet_spot": spot, "total_iter": self.total_iter or tables.NEED}
         return {name: "" if values[name] is None else f"{values[name]:g}" if isinstance(values[name], float)
                 else str(values[name]) for name in KEY}    # fmt: skip
 
@@ -54,19 +51,24 @@ def all_settings(args) -> list[Setting]:
         unused = UNUSED.get(decoder, ())
         temperature = None if "temperature" in unused else temperature
         choice_temperature = None if "choice_temperature" in unused else choice_temperature
+        mask_func = mask_func if total_iter else None
         found.append(Setting(decoder, mask_func, total_iter, temperature, choice_temperature, seed))
     return [setting for setting in tables.unique(found) if spots_of(setting, args)]
 
 
-def spots_of(setting: Setting, args) -> list[int]:
-    """Rounds after which a decode is scored."""
+def spots_of(setting: Setting, args) -> list[int | None]:
+    """Rounds after which a decode is scored; None: after the last that each picture needs."""
+    if setting.total_iter is None:
+        return [None]
     return [spot for spot in args.spots or [setting.total_iter] if spot <= setting.total_iter]
 
 
 # ---- decoding and scoring ----
 
 
-def complete(model: MaskGIT, pictures: list[Picture], setting: Setting, args, spot: int, **options) -> Iterator[Result]:
+def complete(
+    model: MaskGIT, pictures: list[Picture], setting: Setting, args, spot: int | None, **options
+) -> Iterator[Result]:
     """Complete pictures up to round `spot`, as inpainting.py does: with the same seeds."""
     jobs = (Job(x.image, x.hole, seeded(setting.seed, x.name, 0).initial_seed()) for x in pictures)
     return complete_pictures(
@@ -75,8 +77,8 @@ def complete(model: MaskGIT, pictures: list[Picture], setting: Setting, args, sp
     )    # fmt: skip
 
 
-def completions(model: MaskGIT, pictures: list[Picture], setting: Setting, args) -> Iterator[tuple[Picture, int, Tensor]]:
-    """(picture, sweet spot, completion) for every picture and sweet spot of a setting.
+def completions(model: MaskGIT, pictures: list[Picture], setting: Setting, args) -> Iterator[tuple]:
+    """(picture, sweet spot, completion, rounds) for every picture and sweet spot of a setting.
 
     Where all pictures have the model's size, one decode gives all sweet spots. Larger pictures are completed at several
     sizes one after the other, each up to the sweet spot, so there each sweet spot takes a decode of its own.
@@ -85,23 +87,25 @@ def completions(model: MaskGIT, pictures: list[Picture], setting: Setting, args)
     if len(spots) > 1 and all(picture.image.shape[1:] == size for picture in pictures):
         results = complete(model, pictures, setting, args, max(spots), keep_rounds=True)
         for picture, result in zip(pictures, results, strict=True):
-            yield from ((picture, spot, result.rounds[spot].picture) for spot in spots)    # rounds[0] is the input
+            yield from ((picture, spot, result.rounds[spot].picture, spot) for spot in spots)    # rounds[0] is the input
     else:
         for spot in spots:
             for picture, result in zip(pictures, complete(model, pictures, setting, args, spot), strict=True):
-                yield picture, spot, result.image
+                yield picture, spot, result.image, result.steps
 
 
 def score(model: MaskGIT, pictures: list[Picture], setting: Setting, judge: Judge, args, tick) -> list[dict]:
     """The results' rows of one setting, one for each sweet spot. `tick` is called after every completion."""
-    measured: dict[int, Measurements] = {spot: judge.measurements() for spot in spots_of(setting, args)}
-    for picture, spot, completion in completions(model, pictures, setting, args):
+    measured: dict[int | None, Measurements] = {spot: judge.measurements() for spot in spots_of(setting, args)}
+    rounds = dict.fromkeys(measured, 0)
+    for picture, spot, completion, steps in completions(model, pictures, setting, args):
         measured[spot].add(completion, picture.hole, picture.original)
+        rounds[spot] += steps
         tick()
     rows = []
     for spot, measurements in measured.items():
         scores = judge.scores(measurements.columns(), svm=False)
-        rows.append(setting.columns(spot) | {"n": str(len(pictures))}
+        rows.append(setting.columns(spot) | {"n": str(len(pictures)), "rounds": f"{rounds[spot] / len(pictures):.6g}"}
                     | {name: f"{scores.get(name, float('nan')):.6g}" for name in judge.names(svm=False)})    # fmt: skip
     return rows
 

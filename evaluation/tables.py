@@ -9,6 +9,8 @@ from utils import UserError, atomic_write
 
 SETTING = ("decoder", "temperature", "choice_temperature")    # what one panel of a sweep's plots holds fixed
 
+NEED = "need"    # in column total_iter: as many rounds as each picture needs, without schedule and sweet spot
+
 Row = dict[str, str]    # of a CSV file
 
 
@@ -50,6 +52,11 @@ def score_name(rows: list[Row], chosen: str | None = None) -> str:
     if not chosen and not found:
         raise UserError("no column FID or FD-...; name the score with --score")
     return chosen or found[0]
+
+
+def planned(rows: list[Row]) -> list[Row]:
+    """The rows whose rounds follow a schedule."""
+    return [row for row in rows if row["total_iter"] != NEED]
 
 
 def number(row: Row, column: str) -> float:

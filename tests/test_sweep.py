@@ -92,6 +92,24 @@ def test_scores_are_those_of_the_pictures_that_inpainting_writes(folder, tmp_pat
     assert row["known_changed"] == "0"
 
 
+def test_rounds_by_need_are_those_of_inpainting_without_total_iter(folder, tmp_path):
+    options = ["--mask-func", "linear", "square", "--total-iter", "need", "2", "--seeds", "7"]
+    assert sweep.main(arguments(folder, tmp_path / "sweep", *options)) == 0
+    need, *planned = results(tmp_path / "sweep")
+    assert (need["total_iter"], need["mask_func"], need["sweet_spot"]) == ("need", "", "") and len(planned) == 2
+    assert {row["rounds"] for row in planned} == {"2"} and 1 <= float(need["rounds"]) <= 8
+    inpainting.main([
+        "--checkpoint", str(folder / "model.safetensors"), "--images", str(folder / "masked"), "--seed", "7",
+        "--masks", str(folder / "masks"), "--output", str(tmp_path / "out"),
+    ])    # fmt: skip
+    pictures, truth = (load_folder(path, SIDE) for path in (tmp_path / "out" / "images", folder / "originals"))
+    expected = frechet_distance(mean_colours(truth.float() / 255), mean_colours(pictures.float() / 255))
+    assert float(need["paired FD-Colour"]) == pytest.approx(expected, rel=1e-4)
+    assert "by need" in (tmp_path / "sweep" / "results.md").read_text()
+    assert (tmp_path / "sweep" / "rounds_need.png").exists() and (tmp_path / "sweep" / "score_over_total_iter.png").exists()
+    assert "reference" in refused([*arguments(folder, tmp_path / "no", *options), "--decoder", "reference"])
+
+
 def test_the_whole_decode_is_scored_without_paste(folder, tmp_path):
     sweep.main(arguments(folder, tmp_path, *SMALL, "--no-paste"))
     assert all(float(row["known_changed"]) > 0.5 for row in results(tmp_path))
@@ -195,7 +213,7 @@ def test_the_table_has_the_references_form(folder, tmp_path, capsys):
             assert len(scores) == 2
             expected.append(f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}")
         assert [cell.strip() for cell in line.strip("|").split("|")] == expected
-    ranked = [float(line.split("|")[8].split("±")[0]) for line in lines[lines.index("## The best") + 4 :] if line]
+    ranked = [float(line.split("|")[9].split("±")[0]) for line in lines[lines.index("## The best") + 4 :] if line]
     assert ranked == sorted(ranked) and len(ranked) == 10
 
 

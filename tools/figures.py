@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--output {args.output}: figures are PNG files, so its name must end in .png")
     if args.command == "sweep":
         rows = tables.read_csv(args.csv, ("mask_func", "total_iter", "sweet_spot", "seed", *tables.SETTING))
+        rows = tables.planned(rows)
         figures.check_sweep(rows)
         figures.draw_sweep(rows, tables.score_name(rows, args.score), args.output)
     elif args.command == "schedules":

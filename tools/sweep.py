@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from evaluation.flags import add_score_flags
+from evaluation.tables import NEED
 from utils import Parser, UserError, amount, atomic_write, count, pick_device, progress, run_cli, writable_folder
 
 
@@ -43,7 +44,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--decoder", nargs="+", default=["maskgit"], metavar="NAME", help="maskgit, halton, reference")
     group.add_argument("--mask-func", nargs="+", default=["cosine", "linear", "square"], metavar="NAME",
                        help="schedules: cosine, linear, square, cubic, sqrt, arccos (default: the first three)")
-    group.add_argument("--total-iter", nargs="+", type=count, default=[10, 20, 30], metavar="T", help="rounds")
+    group.add_argument("--total-iter", nargs="+", type=rounds, default=[10, 20, 30], metavar="T",
+                       help="rounds; need: as many as each picture needs")
     group.add_argument("--sweet-spot", nargs="+", metavar="t", help="rounds to stop after, or all (default: T)")
     group.add_argument("--temperature", nargs="+", type=amount, default=[1.0], metavar="X")
     group.add_argument("--choice-temperature", nargs="+", type=amount, default=[4.5], metavar="X")
@@ -51,6 +53,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group = add_score_flags(parser)
     group.add_argument("--paste", action=switch, default=True, help="put the known pixels back before scoring")
     return parser.parse_args(argv)
+
+
+def rounds(text: str) -> int | None:
+    """The type of --total-iter; None: as many as needed."""
+    return None if text == NEED else count(text)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -61,7 +68,9 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, given, known in (("mask-func", args.mask_func, SCHEDULES), ("decoder", args.decoder, DECODERS)):
         if unknown := [name for name in given if name not in known]:
             raise UserError(f"unknown --{flag} {', '.join(unknown)}; expected some of {', '.join(known)}")
-    args.spots = sweet_spots(args.sweet_spot, max(args.total_iter))
+    if None in args.total_iter and "reference" in args.decoder:
+        raise UserError(f"--total-iter {NEED} is not for --decoder reference, which has a schedule; give numbers")
+    args.spots = sweet_spots(args.sweet_spot, max(T or 0 for T in args.total_iter))
 
 
 def sweet_spots(given: list[str] | None, last: int) -> list[int] | None:
@@ -93,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     [shown] = sets.choose(pictures, args.show and [args.show], 1)
     judge = judge.with_originals(sets.measure_originals(judge, pictures))
 
-    header = [*sweeps.KEY, "n", *judge.names(svm=False)]
+    header = [*sweeps.KEY, "n", "rounds", *judge.names(svm=False)]
     rows = sweeps.load_results(args.output, sweeps.facts(model, pictures, judge, args), header)
     done = set(map(sweeps.key, rows))
     every = sweeps.all_settings(args)
