@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from utils import Parser, UserError, atomic_write, writable_folder
+from utils import Parser, UserError, atomic_write, count, writable_folder
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -23,9 +23,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="FILE", help="model (default: the bundled weights)")
     parser.add_argument("--reference-checkpoint", metavar="FILE", help="trained weights of the reference")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--rounds", type=int, help="how often each case is timed (default: 5, with --quick 2)")
-    parser.add_argument("--batch-size", type=int, help="default: 16 on a CPU, 256 on CUDA, with --quick 4")
-    parser.add_argument("--total-iter", type=int, help="T (default: 10, with --quick 2)")
+    parser.add_argument("--rounds", type=count, help="how often each case is timed (default: 5, with --quick 2)")
+    parser.add_argument("--batch-size", type=count, help="default: 16 on a CPU, 256 on CUDA, with --quick 4")
+    parser.add_argument("--total-iter", type=count, nargs="+", metavar="T",
+                        help="rounds of the model; the reference takes the first (default: 10, with --quick 2)")
     parser.add_argument("--compile", action="store_true", help="also measure compiled blocks in bfloat16 (torch.compile)")
     parser.add_argument("--quick", action="store_true", help="tiny models: to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
@@ -38,13 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     from utils import pick_device
 
     device = pick_device(args.device)
-    defaults = {"rounds": 2 if args.quick else 5, "total_iter": 2 if args.quick else 10,
+    defaults = {"rounds": 2 if args.quick else 5, "total_iter": [2] if args.quick else [10],
                 "batch_size": 4 if args.quick else 256 if device.type == "cuda" else 16}    # fmt: skip
     for name, value in defaults.items():
-        given = getattr(args, name)
-        if given is not None and given < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {given}")
-        setattr(args, name, value if given is None else given)
+        setattr(args, name, getattr(args, name) or value)
     if args.quick and (args.checkpoint or args.reference_checkpoint):
         raise UserError("--quick makes tiny models of its own: leave the checkpoints out")
     if args.json is not None:

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import importlib.util
+import itertools
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -75,7 +76,7 @@ def onnx_case(model: MaskGIT, batch: int, total_iter: int, folder: Path) -> Case
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict:
     model, reference = load_models(args, device)
-    T, B, auto = args.total_iter, args.batch_size, pick_precision("auto", device)
+    T, B, auto = args.total_iter[0], args.batch_size, pick_precision("auto", device)
     R = B if device.type == "cuda" else min(4, B)    # a batch of 16 of the reference's takes a minute on a CPU
     x, m = draw_pictures(R, reference.image_size, device)
     jobs, precisions = sample_jobs(B, model.image_size), list(dict.fromkeys(["fp32", auto]))
@@ -89,9 +90,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         models["compiled model"] = copy.deepcopy(model)
         models["compiled model"].transformer.compile_blocks()
     for name, one in models.items():
-        for precision in precisions:
-            call = partial(complete, one, jobs, precision=precision, total_iter=T)
-            cases.append(Case(f"{name}, T={T}, {precision}", B, call))
+        for precision, t in itertools.product(precisions, args.total_iter):
+            call = partial(complete, one, jobs, precision=precision, total_iter=t)
+            cases.append(Case(f"{name}, T={t}, {precision}", B, call))
         cases.append(Case(f"{name}, defaults: {rounds:.1f} rounds, {auto}", B, partial(complete, one, jobs, precision=auto)))
     with tempfile.TemporaryDirectory() as folder:
         if device.type != "cpu" or not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
