@@ -31,6 +31,7 @@ from utils import (
     UserError,
     amount,
     atomic_write,
+    check_names,
     count,
     notice,
     pick_device,
@@ -104,10 +105,8 @@ def check_args(args: argparse.Namespace) -> None:
     from models.decoding import DECODERS
     from models.schedule import SCHEDULES
 
-    if args.mask_func not in SCHEDULES:
-        raise UserError(f"unknown --mask-func {args.mask_func!r}; expected one of {', '.join(SCHEDULES)}")
-    if args.decoder not in DECODERS:
-        raise UserError(f"unknown --decoder {args.decoder!r}; expected one of {', '.join(DECODERS)}")
+    check_names("--mask-func", [args.mask_func], SCHEDULES)
+    check_names("--decoder", [args.decoder], DECODERS)
     if args.sweet_spot is not None and args.total_iter is None:
         raise UserError("--sweet-spot is a round of --total-iter: give --total-iter too")
     if args.sweet_spot is not None and args.sweet_spot > args.total_iter:

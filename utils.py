@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -102,6 +102,12 @@ def amount(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
     return value
+
+
+def check_names(flag: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that a flag doesn't know; for flags whose choices are slow to import, so that --help does without."""
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"unknown {flag} {', '.join(unknown)}; expected {', '.join(known)}")
 
 
 # ---- notices and progress ----

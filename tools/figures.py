@@ -11,7 +11,7 @@ picks some.
 import argparse
 from pathlib import Path
 
-from utils import Parser, UserError, count, run_cli
+from utils import Parser, UserError, check_names, count, run_cli
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -71,8 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         figures.draw_sweep(rows, tables.score_name(rows, args.score), args.output)
     elif args.command == "schedules":
         chosen = args.mask_func or SCHEDULES
-        if unknown := set(chosen) - set(SCHEDULES):
-            raise UserError(f"unknown --mask-func {', '.join(sorted(unknown))}; expected some of {', '.join(SCHEDULES)}")
+        check_names("--mask-func", chosen, SCHEDULES)
         figures.schedule_curves(chosen, args.output)
     elif args.command == "ladder":
         rows = tables.read_csv(args.csv, ("method",))

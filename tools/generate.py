@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils import Parser, UserError, amount, count, pick_device, progress, run_cli, seeded, writable_folder
+from utils import Parser, UserError, amount, check_names, count, pick_device, progress, run_cli, seeded, writable_folder
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -40,10 +40,8 @@ def check_args(args: argparse.Namespace) -> None:
     from models.decoding import DECODERS
     from models.schedule import SCHEDULES
 
-    if args.mask_func not in SCHEDULES:
-        raise UserError(f"unknown --mask-func {args.mask_func!r}; expected one of {', '.join(SCHEDULES)}")
-    if args.decoder not in DECODERS:
-        raise UserError(f"unknown --decoder {args.decoder!r}; expected one of {', '.join(DECODERS)}")
+    check_names("--mask-func", [args.mask_func], SCHEDULES)
+    check_names("--decoder", [args.decoder], DECODERS)
     if min(args.seeds or [args.seed]) < 0 or max(args.seeds or [args.seed + args.count]) >= 2**63:
         raise UserError("--seed and --seeds must be whole numbers from 0 to 2^63 - 1")
 

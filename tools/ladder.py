@@ -19,9 +19,9 @@ from pathlib import Path
 from evaluation.flags import add_score_flags
 from utils import (
     Parser,
-    UserError,
     amount,
     atomic_write,
+    check_names,
     count,
     pick_device,
     progress,
@@ -112,8 +112,7 @@ def rungs(model, args: argparse.Namespace, one_size: bool) -> dict[str, Rung]:
     if one_size:
         del every["completed, shrunk to the model"]
     chosen = args.rungs or [folder_name(name) for name in every]
-    if unknown := set(chosen) - {folder_name(name) for name in every}:
-        raise UserError(f"unknown --rungs {', '.join(unknown)}; there are {', '.join(map(folder_name, every))}")
+    check_names("--rungs", chosen, [folder_name(name) for name in every])
     return {name: rung for name, rung in every.items() if folder_name(name) in chosen or name == REFERENCE}
 
 

@@ -21,7 +21,18 @@ from pathlib import Path
 
 from evaluation.flags import add_score_flags
 from evaluation.tables import NEED
-from utils import Parser, UserError, amount, atomic_write, count, pick_device, progress, run_cli, writable_folder
+from utils import (
+    Parser,
+    UserError,
+    amount,
+    atomic_write,
+    check_names,
+    count,
+    pick_device,
+    progress,
+    run_cli,
+    writable_folder,
+)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -65,9 +76,8 @@ def check_args(args: argparse.Namespace) -> None:
     from models.decoding import DECODERS
     from models.schedule import SCHEDULES
 
-    for flag, given, known in (("mask-func", args.mask_func, SCHEDULES), ("decoder", args.decoder, DECODERS)):
-        if unknown := [name for name in given if name not in known]:
-            raise UserError(f"unknown --{flag} {', '.join(unknown)}; expected some of {', '.join(known)}")
+    check_names("--mask-func", args.mask_func, SCHEDULES)
+    check_names("--decoder", args.decoder, DECODERS)
     if None in args.total_iter and "reference" in args.decoder:
         raise UserError(f"--total-iter {NEED} is not for --decoder reference, which has a schedule; give numbers")
     args.spots = sweet_spots(args.sweet_spot, max(T or 0 for T in args.total_iter))
