@@ -117,6 +117,16 @@ def save_scores(figure, axes, score: str, path: str | Path) -> None:
     save(figure, path)
 
 
+def training_curves(rows: list[dict], score: str, path: str | Path) -> None:
+    """A value over the optimizer steps, a line for each run."""
+    figure, axes = panels(1, 1, 4.4, 3.0)
+    for i, run in enumerate(unique(row["run"] for row in rows)):
+        points = [(row["step"], row[score]) for row in rows if row["run"] == run]
+        axes[0, 0].plot(*zip(*points, strict=True), label=run, color=COLOURS[i % len(COLOURS)], marker="o", markersize=2.5)
+    axes[0, 0].set_xlabel("steps", fontsize=9)
+    save_scores(figure, axes, score, path)
+
+
 def schedule_curves(schedules: Sequence[str], path: str | Path) -> None:
     """gamma(r) of every schedule: the share of the hole that is still masked."""
     figure, axes = panels(1, 1, 3.6, 3.0)

@@ -1,5 +1,6 @@
 """Tables of scores: reads and writes them as CSV, and averages over seeds."""
 import csv
+import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -26,6 +27,22 @@ def read_csv(path: str | Path, columns: Iterable[str]) -> list[Row]:
         raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names) or 'none'}")
     if not rows:
         raise UserError(f"{path} has no rows")
+    return rows
+
+
+def read_metrics(run: Path, name: str) -> list[dict]:
+    """The steps of a training's folder at which a value was logged: rows of run, step and the value."""
+    path, rows, known = run / "metrics.jsonl", [], {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            known |= values
+            if name in values:
+                rows.append({"run": run.name, "step": values["step"], name: values[name]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} can't be read as the log of a training: {error}") from error
+    if not rows:
+        raise UserError(f"{path} has no {name}; it has {', '.join(known) or 'nothing'}")
     return rows
 
 

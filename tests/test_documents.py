@@ -64,6 +64,9 @@ def reader(tmp_path, monkeypatch) -> Path:
         for path in paths:
             source = ROOT / "samples/masks" / path.name if "MASKS" in name else path
             shutil.copy(source, tmp_path / name / path.name)
+    for run, value in (("vqgan", "val_plain_psnr"), ("maskgit", "val_loss")):
+        (tmp_path / "runs/reference" / run).mkdir(parents=True)
+        (tmp_path / "runs/reference" / run / "metrics.jsonl").write_text(f'{{"step": 1, "{value}": 2}}\n')
     torch.manual_seed(0)
     sections = utils.load_config(ROOT / "configs/tiny.yml")
     whole = sections["vqgan"] | {"image_size": 64}, sections["transformer"] | {"seq_len": 256}

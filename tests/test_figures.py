@@ -41,6 +41,23 @@ def test_a_ladder_and_the_schedules_are_drawn(tmp_path):
     assert Image.open(tmp_path / "schedules.png").size[0] > 300
 
 
+def test_curves_of_trainings_are_drawn_and_written_as_a_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    for run, losses in (("a", (3.5, 3.25)), ("b", (4.5,))):
+        (tmp_path / run).mkdir()
+        lines = [f'{{"step": {10 * i}, "val_loss": {loss}}}\n{{"step": {10 * i + 5}, "loss": 1}}\n'
+                 for i, loss in enumerate(losses, 1)]    # fmt: skip
+        (tmp_path / run / "metrics.jsonl").write_text("".join(lines))
+    runs, out = [str(tmp_path / run) for run in "ab"], str(tmp_path / "curves.png")
+    figures.main(["curves", *runs, "--output", out])
+    assert (tmp_path / "curves.csv").read_text() == "run,step,val_loss\na,10,3.5\na,20,3.25\nb,10,4.5\n"
+    assert Image.open(out).size[0] > 300
+    for argv, word in (([*runs, "--score", "val_psnr"], "val_psnr"), ([str(tmp_path / "none")], "metrics.jsonl")):
+        with pytest.raises(UserError, match=word):
+            figures.main(["curves", *argv, "--output", str(tmp_path / "other.png")])
+    assert not (tmp_path / "other.png").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -1,6 +1,7 @@
-"""Draw figures from tables of scores and from pictures.
+"""Draw figures from tables of scores, from training runs and from pictures.
 
 Sweep:      python -m tools.figures sweep results.csv --output docs/figures
+Training:   python -m tools.figures curves runs/maskgit runs/other --output curves.png
 Schedules:  python -m tools.figures schedules --output schedules.png
 Ladder:     python -m tools.figures ladder ladder.csv --score FD-MobileNetV1 --output ladder.png
 Pictures:   python -m tools.figures grid --rows originals masked out/images --labels original input ours --output grid.png
@@ -21,8 +22,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sweep.add_argument("csv", type=Path)
     sweep.add_argument("--score", help="column (default: the first Fréchet distance)")
     sweep.add_argument("--output", type=Path, required=True, metavar="DIR")
-    curves = commands.add_parser("schedules", help="the share still masked, for each schedule")
-    curves.add_argument("--mask-func", nargs="+", metavar="NAME", help="schedules (default: all)")
+    curves = commands.add_parser("curves", help="a value over the steps, a line for each run; also as a CSV file beside it")
+    curves.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folders of trainings")
+    curves.add_argument("--score", default="val_loss", help="a value of metrics.jsonl (default: %(default)s)")
+    gammas = commands.add_parser("schedules", help="the share still masked, for each schedule")
+    gammas.add_argument("--mask-func", nargs="+", metavar="NAME", help="schedules (default: all)")
     bars = commands.add_parser("ladder", help="bars of a score, one for each method")
     bars.add_argument("csv", type=Path)
     bars.add_argument("--score", help="column (default: the first Fréchet distance)")
@@ -32,7 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     grid.add_argument("--names", nargs="+", metavar="NAME", help="pictures to show, without suffix (default: the first)")
     grid.add_argument("--count", type=count, default=8, help="how many of the first (default: %(default)s)")
     grid.add_argument("--scale", type=count, default=2, help="pixels drawn for each pixel (default: %(default)s)")
-    for command in (curves, bars, grid):
+    for command in (curves, gammas, bars, grid):
         command.add_argument("--output", type=Path, required=True, metavar="FILE.png")
     return parser.parse_args(argv)
 
@@ -69,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         rows = tables.planned(rows)
         figures.check_sweep(rows)
         figures.draw_sweep(rows, tables.score_name(rows, args.score), args.output)
+    elif args.command == "curves":
+        rows = [row for run in args.runs for row in tables.read_metrics(run, args.score)]
+        tables.write_csv(args.output.with_suffix(".csv"), ["run", "step", args.score], rows)
+        figures.training_curves(rows, args.score, args.output)
     elif args.command == "schedules":
         chosen = args.mask_func or SCHEDULES
         check_names("--mask-func", chosen, SCHEDULES)
