@@ -211,6 +211,12 @@ def succeed(stage: str, argv: list[str], before: Callable[[], Any] | None = None
     return child
 
 
+def refused(child: Child, *words: str) -> None:
+    """It ended in one sentence that has these words, and exit code 2."""
+    assert child.code == 2 and len(child.errors) == 1, child.text[-2000:]
+    assert all(word in child.errors[0] for word in words), child.errors[0]
+
+
 def start_group(
     stage: str, argv: list[str], before: dict[int, Callable[[], Any]] | None = None, outputs: Path | None = None
 ) -> list[Child]:
