@@ -1,7 +1,5 @@
 """utils.py: exit codes, notices, files that are written whole or not at all, config, seeds."""
-import errno
 import math
-import os
 import sys
 from dataclasses import dataclass, field
 
@@ -71,18 +69,6 @@ def test_run_cli_when_the_reader_has_gone(tmp_path, monkeypatch):
     assert (tmp_path / "stdout").read_text() == ""
 
 
-def full_disk(*args, **options):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_parser_errors_are_user_errors():
-    parser = Parser()
-    parser.add_argument("--epochs", type=int)
-    for argv, message in ((["--epochs", "x"], "invalid int value: 'x'; see --help$"), (["--epoch-s", "1"], "unrecognized")):
-        with pytest.raises(UserError, match=message):
-            parser.parse_args(argv)
-
-
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -108,32 +94,14 @@ def test_atomic_write_keeps_the_old_file_when_the_writer_fails(tmp_path, error):
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("function", ["replace", "fsync"])
-def test_atomic_write_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch, function):
-    path = tmp_path / "file"
-    path.write_text("old")
-    monkeypatch.setattr(os, function, full_disk)
-    with pytest.raises(UserError, match="^can't write .*file: No space left on device$"):
-        with atomic_write(path) as temporary:
-            temporary.write_text("new")
-    assert path.read_text() == "old" and names(tmp_path) == ["file"]
-
-
 def test_atomic_write_refuses_impossible_places_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
-    for name, reason in (("file/child", "Not a directory|File exists"), ("folder", "Is a directory"),
-                         ("n" * 256, "File name too long")):
-        with pytest.raises(UserError, match=f"^can't write .*: ({reason})$"):
+    for name in ("file/child", "folder", "n" * 256):
+        with pytest.raises(UserError, match="can't write"):
             with atomic_write(tmp_path / name) as temporary:
                 temporary.write_text("new")
     assert names(tmp_path) == ["file", "folder"] and (tmp_path / "file").read_text() == "old"
-
-
-def test_atomic_write_takes_names_as_long_as_the_system_does(tmp_path):
-    with atomic_write(tmp_path / ("n" * 255)) as temporary:
-        temporary.write_text("new")
-    assert names(tmp_path) == ["n" * 255]
 
 
 def test_atomic_write_of_a_folder(tmp_path):
@@ -166,38 +134,19 @@ def test_a_notice_of_a_kind_is_printed_once_and_the_others_counted(capsys):
         assert capsys.readouterr().err == "notice: odd pictures: 1.png, 2.png, 3.png and 2 more too\n"
 
 
-def test_writable_folder(tmp_path, monkeypatch):
+def test_writable_folder(tmp_path):
     folder = writable_folder(str(tmp_path / "a" / "b"))
     assert folder.is_dir() and names(folder) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="output folder .*file is not writable .File exists.; give another one"):
+    with pytest.raises(UserError, match="file is not writable"):
         writable_folder(tmp_path / "file")
-    monkeypatch.setattr("pathlib.Path.touch", full_disk)
-    with pytest.raises(UserError, match="No space left on device"):
-        writable_folder(folder)
 
 
-def test_pick_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
-    for name in ("cuda", "mps"):
-        with pytest.raises(UserError, match=f"'{name}' .* --device cpu"):
+def test_pick_device():
+    assert pick_device("cpu") == torch.device("cpu") and pick_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("gpu", "", "cuda:x", "meta", "cuda:99"):
+        with pytest.raises(UserError, match=f"'{name}'"):
             pick_device(name)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device("auto") == pick_device("mps") == torch.device("mps")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda")
-    assert pick_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(UserError, match="'cuda:2' .* only 2"):
-        pick_device("cuda:2")
-
-
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta"])
-def test_pick_device_refuses_others(name):
-    with pytest.raises(UserError, match=f"'{name}'.*expected auto"):
-        pick_device(name)
 
 
 # ---- config ----
@@ -209,18 +158,13 @@ def config_file(tmp_path, text: str):
 
 
 @pytest.mark.parametrize("text, value", [
-    ("1e-4", 1e-4), ("1E-4", 1e-4), ("-1e3", -1000.0), ("+.5e1", 5.0), ("1.5e-3", 1.5e-3), ("1.e2", 100.0), (".5", 0.5),
-    ("12", 12), ("1_000", 1000), ("1.0", 1.0), (".inf", math.inf), ("e4", "e4"), ("1e", "1e"), ("1e-4x", "1e-4x"),
-    ("'1e-4'", "1e-4"), ("off", False), ("on", True), ("true", True), ("~", None), ("text", "text"), ("[1, 2e0]", [1, 2.0]),
+    ("1e-4", 1e-4), ("-1E3", -1000.0), ("+.5e1", 5.0), (".5", 0.5), ("12", 12), ("1.0", 1.0), (".inf", math.inf),
+    ("1e", "1e"), ("1e-4x", "1e-4x"), ("'1e-4'", "1e-4"), ("off", False), ("[1, 2e0]", [1, 2.0]),
 ])
 def test_yaml_values(tmp_path, text, value):
     got = load_config(config_file(tmp_path, f"a:\n  key: {text}\n"))["a"]["key"]
     assert got == value and type(got) is type(value)
     assert load_config(config_file(tmp_path, "a: {}"), [f"a.key={text}"]) == {"a": {"key": value}}
-
-
-def test_pyyaml_itself_is_left_as_it_was():
-    assert yaml.safe_load("1e-4") == "1e-4"
 
 
 def test_overrides_win_in_order(tmp_path):
@@ -230,36 +174,25 @@ def test_overrides_win_in_order(tmp_path):
     assert load_config(path, given) == {"a": {"x": [6, 7], "y": 2}, "b": {"z": 3, "w": "p=q"}}
 
 
-@pytest.mark.parametrize("override, message", [
-    ("a.x", "is not of the form section.key=value"), ("x=1", "is not of the form"), (".x=1", "is not of the form"),
-    ("a.=1", "is not of the form"), ("c.x=1", "no section 'c' in .*config.yml; it has a, b"),
-    ("a.x=[1", "the value is not valid YAML"), ("a.x=2024-99-99", "the value is not valid YAML"),
-])
-def test_bad_overrides_are_refused(tmp_path, override, message):
-    with pytest.raises(UserError, match=message) as caught:
+@pytest.mark.parametrize("override", ["a.x", "x=1", "a.=1", "c.x=1", "a.x=[1", "a.x=2024-99-99"])
+def test_bad_overrides_are_refused(tmp_path, override):
+    with pytest.raises(UserError) as caught:
         load_config(config_file(tmp_path, "a: {x: 1}\nb: {}\n"), [override])
     assert repr(override) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("a: [1", "is not valid YAML"), ("a: {x: 2024-99-99}", "is not valid YAML"), ("", "must consist of sections"),
-    ("a:\n", "must consist of sections"), ("- a\n", "must consist of sections"), ("a: 1\n", "must consist of sections"),
-    ("a: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
-])
-def test_bad_config_files_are_refused(tmp_path, text, message):
-    with pytest.raises(UserError, match=f"config .*config.yml {message}") as caught:
+@pytest.mark.parametrize("text", ["a: [1", "a: {x: 2024-99-99}", "", "- a", "a: 1", "a: !!python/object/apply:os.getcwd []"])
+def test_bad_config_files_are_refused(tmp_path, text):
+    with pytest.raises(UserError, match="config.yml") as caught:
         load_config(config_file(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
 def test_unreadable_config_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.yml can't be read \(No such file or directory\); give a YAML file"):
-        load_config(tmp_path / "nowhere.yml")
-    with pytest.raises(UserError, match="can't be read"):
-        load_config(tmp_path)
     (tmp_path / "latin.yml").write_bytes(b"a: {x: \xe9}")
-    with pytest.raises(UserError, match="latin.yml is not valid YAML"):
-        load_config(tmp_path / "latin.yml")
+    for path in (tmp_path / "nowhere.yml", tmp_path, tmp_path / "latin.yml"):
+        with pytest.raises(UserError, match=path.name):
+            load_config(path)
 
 
 @dataclass
@@ -283,30 +216,15 @@ def test_build_config_fills_in_what_is_given():
     assert built == Example(rate=1.0, widths=[3], flag=True, name="x") and type(built.rate) is float
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"sise": 8}, "config part.sise: unknown key; part has size, rate, name, flag, widths"),
-    ({3: 8}, "config part.3: unknown key; part has size, rate, name, flag, widths"),
-    ({yaml.safe_load("2024-01-01"): 8}, "config part.2024-01-01: unknown key; part has size, rate, name, flag, widths"),
-    ({"size": "8"}, "config part.size: Input should be a valid integer"),
-    ({"size": 8.0}, "config part.size: Input should be a valid integer"),
-    ({"size": True}, "config part.size: Input should be a valid integer"),
-    ({"size": None}, "config part.size: Input should be a valid integer"),
-    ({"size": yaml.safe_load("2024-01-01")}, "config part.size: Input should be a valid integer"),
-    ({"rate": "1e-4"}, "config part.rate: Input should be a valid number"),
-    ({"rate": math.nan}, "config part.rate: Input should be a finite number"),
-    ({"rate": math.inf}, "config part.rate: Input should be a finite number"),
-    ({"name": False}, "config part.name: Input should be a valid string"),
-    ({"flag": "no"}, "config part.flag: Input should be a valid boolean"),
-    ({"flag": 0}, "config part.flag: Input should be a valid boolean"),
-    ({"widths": 3}, "config part.widths: Input should be a valid array"),
-    ({"widths": [1, "2"]}, "config part.widths.1: Input should be a valid integer"),
-    ({"size": 0}, "config part.size must be at least 1, got 0"),
-    ({"name": "both"}, "config part: one thing and another don't fit"),
+@pytest.mark.parametrize("values, key", [
+    ({"sise": 8}, "part.sise"), ({yaml.safe_load("2024-01-01"): 8}, "part.2024-01-01"),
+    ({"size": "8"}, "part.size"), ({"size": True}, "part.size"), ({"size": None}, "part.size"), ({"size": 0}, "part.size"),
+    ({"rate": math.nan}, "part.rate"), ({"flag": 0}, "part.flag"), ({"widths": [1, "2"]}, "part.widths.1"),
+    ({"name": "both"}, "part: one thing"),
 ])
-def test_build_config_refuses_by_full_key(values, message):
-    with pytest.raises(UserError) as caught:
+def test_build_config_refuses_by_full_key(values, key):
+    with pytest.raises(UserError, match=f"config {key}"):
         build_config(Example, values, "part")
-    assert str(caught.value) == message
 
 
 # ---- randomness ----
