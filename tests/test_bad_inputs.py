@@ -1,11 +1,10 @@
-"""Whatever is wrong with configs, flags, pictures, masks or checkpoints: one sentence, exit code 2, and never a traceback.
+"""Whatever is wrong with a config or a flag: one sentence, exit code 2, and never a traceback.
 
 Hypothesis makes the inputs. What it makes is not always wrong (a number may be a fine one): then the script may do its work,
 which for a training ends before the first step. Each property counts how many distinct inputs were refused.
 """
 import contextlib
 import io
-import os
 import re
 import warnings
 from collections.abc import Callable
@@ -30,13 +29,12 @@ import training.vqgan
 import training_transformer
 import training_vqgan
 from models.maskgit import MaskGIT
-from tools import dataset
 from training.options import SECTIONS
 from utils import load_config, run_cli
 
 MAINS = {
     "vqgan": training_vqgan.main, "transformer": training_transformer.main, "inpainting": inpainting.main,
-    "evaluate": evaluate.main, "data": dataset.main,
+    "evaluate": evaluate.main,
 }    # fmt: skip
 
 
@@ -215,7 +213,7 @@ def test_flags(setting, tmp_path, script, examples, least):
     assert count_refused(case, examples, lambda pair: refused(script, argv + list(pair))) >= least
 
 
-@pytest.mark.parametrize("script", sorted(set(MAINS) - {"data"}))
+@pytest.mark.parametrize("script", sorted(MAINS))
 def test_flags_left_out(setting, tmp_path, script):
     """Every flag of a training is needed but --device and --token-cache; the others say themselves what they need."""
     argv = argv_of(script, setting, tmp_path)
@@ -226,111 +224,3 @@ def test_flags_left_out(setting, tmp_path, script):
         with_no_value = argv[:i] + argv[i + 2 :] + [argv[i]]
         assert refused(script, with_no_value)
     assert needed >= (3 if script != "inpainting" else 0)
-
-
-def test_data_commands(setting, tmp_path):
-    root = str(setting.root)
-    numbers = {"--threshold": WRONG_NUMBERS, "--size": WRONG_NUMBERS, "--shard-size": WRONG_NUMBERS,
-               "--val-share": WRONG_NUMBERS, "--test-share": WRONG_NUMBERS}    # fmt: skip
-    case = st.tuples(st.sampled_from(["check", "split", "shards", "chek"]), st.sampled_from(sorted(numbers)).flatmap(
-        lambda flag: st.tuples(st.just(flag), numbers[flag])), PATHS)    # fmt: skip
-
-    def judge(case) -> bool:
-        command, flag, folder = case
-        more = {"split": ["--output", f"{tmp_path}/split"], "shards": ["--output", f"{tmp_path}/x", "--size", "8"]}
-        argv = [command, root + "/train", *more.get(command, []), *flag]
-        return refused("data", argv) | refused("data", [command, folder])
-
-    assert count_refused(case, 30, judge) >= 20
-
-
-# ---- files ----
-
-
-def spoiled(files: list[Path]) -> st.SearchStrategy:
-    """(name, content): one of the files, truncated, overwritten in places, or something else."""
-    contents = {path.name: path.read_bytes() for path in files}
-
-    def spoil(name: str) -> st.SearchStrategy:
-        good = contents[name]
-        cut = st.integers(0, len(good) - 1).map(lambda n: good[:n])
-        edit = st.tuples(st.integers(0, min(len(good) - 1, 60)), st.binary(min_size=1, max_size=4))
-        edited = st.lists(edit, min_size=1, max_size=4).map(lambda edits: _overwrite(good, edits))
-        return st.tuples(st.just(name), st.one_of(cut, st.binary(max_size=40), edited))
-
-    return st.sampled_from(sorted(contents)).flatmap(spoil)
-
-
-def _overwrite(good: bytes, edits: list[tuple[int, bytes]]) -> bytes:
-    content = bytearray(good)
-    for place, new in edits:
-        content[place : place + len(new)] = new
-    return bytes(content)
-
-
-@contextlib.contextmanager
-def replaced(path: Path, content: bytes):
-    before = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        yield
-    finally:
-        path.write_bytes(before)
-
-
-@pytest.mark.parametrize(
-    "script, folder, least",
-    [("vqgan", "train", 15), ("vqgan", "val", 10), ("transformer", "train", 15), ("inpainting", "images", 15),
-     ("inpainting", "masks", 15), ("evaluate", "masks", 15)],
-)    # fmt: skip
-def test_pictures_and_masks(setting, tmp_path, script, folder, least):
-    folder = setting.root / folder
-
-    def judge(case) -> bool:
-        name, content = case
-        with replaced(folder / name, content):
-            argv = argv_of(script, setting, tmp_path)
-            if script == "transformer":    # nothing to read from what an example before has encoded
-                argv[-1] = str(tmp_path / f"tokens-{abs(hash(case))}")
-            return refused(script, argv)
-
-    assert count_refused(spoiled(sorted(folder.iterdir())[:3]), 25, judge) >= least
-
-
-@pytest.mark.parametrize("script", ["inpainting", "evaluate"])
-def test_masks_that_do_not_fit(setting, tmp_path, script):
-    """Other sizes, and names without a partner."""
-    masks = setting.root / "masks"
-    case = st.one_of(
-        st.tuples(st.integers(1, 40), st.integers(1, 40)).filter(lambda size: size != (16, 16)),
-        TEXT.filter(lambda text: text and "/" not in text and text not in (".", "..")),
-    )
-
-    def judge(case) -> bool:
-        if isinstance(case, tuple):
-            buffer = io.BytesIO()
-            Image.fromarray(np.zeros((case[1], case[0]), np.uint8)).save(buffer, "PNG")
-            with replaced(masks / "001.png", buffer.getvalue()):
-                return refused(script, argv_of(script, setting, tmp_path))
-        other = masks / f"{case}.png"
-        if other.exists():
-            return False
-        os.rename(masks / "001.png", other)
-        try:
-            return refused(script, argv_of(script, setting, tmp_path))
-        finally:
-            os.rename(other, masks / "001.png")
-
-    assert count_refused(case, 20, judge) >= 12
-
-
-@pytest.mark.parametrize("script, flag, file", [("transformer", "--vqgan", "vqgan.pt"), ("vqgan", "--resume", "vqgan.pt"),
-                                                ("inpainting", "--checkpoint", "model.safetensors")])    # fmt: skip
-def test_checkpoints(setting, tmp_path, script, flag, file):
-    path = tmp_path / file
-
-    def judge(case) -> bool:
-        path.write_bytes(case[1])
-        return refused(script, [*argv_of(script, setting, tmp_path), flag, str(path)])
-
-    assert count_refused(spoiled([setting.root / file]), 30, judge) >= 15

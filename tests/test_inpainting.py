@@ -1,16 +1,13 @@
 """inpainting.py as people run it: files in, files out, and every refusal."""
 import os
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sets import save_model
+from small_sets import save_model, small_model
 
 import inpainting
-from models.maskgit import MaskGIT
-from models.transformer import Block, TransformerConfig
-from models.vqgan import VQGANConfig
+from models.transformer import Block
 from pictures.images import read_image, write_image
 from pictures.masks import read_mask
 from utils import Parser, run_cli
@@ -20,18 +17,8 @@ SIZE = 16
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A model with random weights, 16x16 pictures, 4x4 tokens."""
-    torch.manual_seed(0)
-    vqgan = VQGANConfig(
-        image_size=SIZE, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
-        decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1],
-    )    # fmt: skip
-    transformer = TransformerConfig(
-        codebook_size=32, seq_len=16, embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.0,
-        attention_dropout=0.0, pre_norm=True, qk_norm=True, pixel_dim=64,
-    )    # fmt: skip
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    MaskGIT(vqgan, transformer).save_file(path)
+    small_model(SIZE, depth=2).save_file(path)
     return path
 
 
@@ -89,21 +76,16 @@ def test_what_lies_behind_the_hole_has_no_influence(checkpoint, folders):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("batch_size", ["1", "2", "3"])
-def test_a_batch_gives_what_single_pictures_give(checkpoint, folders, batch_size):
+def test_a_picture_depends_neither_on_its_batch_nor_on_the_other_pictures(checkpoint, folders):
     together = run(checkpoint, folders, "--batch-size", "5", out="a")
-    split = run(checkpoint, folders, "--batch-size", batch_size, out="b")
+    split = run(checkpoint, folders, "--batch-size", "2", out="b")
     assert together.keys() == split.keys()
     assert all(torch.equal(together[name], split[name]) for name in together)
-
-
-def test_a_picture_does_not_depend_on_the_other_pictures_in_the_folder(checkpoint, folders):
-    full = run(checkpoint, folders, out="a")
     for name in ("cat_0", "cat_1"):
         (folders / "images" / f"{name}.png").unlink()
         (folders / "masks" / f"{name}.png").unlink()
-    some = run(checkpoint, folders, out="b")
-    assert len(some) == 3 and all(torch.equal(full[name], some[name]) for name in some)
+    some = run(checkpoint, folders, out="c")
+    assert len(some) == 3 and all(torch.equal(together[name], some[name]) for name in some)
 
 
 def test_seeds_repeat_and_samples_differ(checkpoint, folders):
@@ -165,9 +147,8 @@ def test_sweet_spot_is_the_long_run_stopped_early(checkpoint, folders):
         assert torch.equal(strip[:, 2:-2, left : left + SIZE], result)
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 40), (24, 50), (7, 9)])
-def test_other_sizes_keep_every_known_pixel(checkpoint, tmp_path, height, width):
-    image, hole = picture(3, height, width), torch.zeros(1, height, width, dtype=torch.bool)
+def test_other_sizes_keep_every_known_pixel(checkpoint, tmp_path):
+    image, hole = picture(3, 24, 50), torch.zeros(1, 24, 50, dtype=torch.bool)
     hole[:, 2:6, 3:8] = True
     write_image(tmp_path / "images" / "a.png", image)
     write_mask(tmp_path / "masks" / "a.png", hole)
@@ -229,83 +210,35 @@ def broken(folders, what: str) -> list[str]:
     if what == "output is a file":
         (folders / "file").write_text("")
         return ["--output", str(folders / "file")]
-    if what == "checkpoint missing":
-        return ["--checkpoint", str(folders / "none.safetensors")]
-    if what == "checkpoint truncated":
-        whole = (folders / "model.safetensors").read_bytes()
-        (folders / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-        return ["--checkpoint", str(folders / "cut.safetensors")]
-    if what == "checkpoint of another kind":
-        from safetensors.torch import save_file
-
-        save_file({"x": torch.zeros(2)}, folders / "other.safetensors")
-        return ["--checkpoint", str(folders / "other.safetensors")]
-    if what == "checkpoint of another config":
-        from safetensors import safe_open
-        from safetensors.torch import load_file, save_file
-
-        with safe_open(folders / "model.safetensors", framework="pt") as file:
-            metadata = file.metadata()
-        metadata["config"] = metadata["config"].replace('"depth": 2', '"depth": 3')
-        save_file(load_file(folders / "model.safetensors"), folders / "odd.safetensors", metadata)
-        return ["--checkpoint", str(folders / "odd.safetensors")]
     return {
+        "checkpoint missing": ["--checkpoint", "none.safetensors"],
         "unknown schedule": ["--mask-func", "sinus"],
         "unknown decoder": ["--decoder", "beam"],
         "no rounds": ["--total-iter", "0"],
         "sweet spot beyond T": ["--total-iter", "4", "--sweet-spot", "5"],
-        "sweet spot without T": ["--sweet-spot", "2"],
-        "negative temperature": ["--temperature", "-1"],
         "temperature nan": ["--temperature", "nan"],
         "no samples": ["--num-samples", "0"],
         "unknown device": ["--device", "abacus"],
-        "no cuda": ["--device", "cuda"],
     }.get(what, [])
 
 
 CASES = {
     "missing folder": "does not exist", "empty folder": "no picture", "unpaired": "cat_2", "truncated image": "cat_4.png",
     "not an image": "cat_4.png", "mask of another size": "same size", "all hole": "whole picture",
-    "output is a file": "not writable", "checkpoint missing": "not found", "checkpoint truncated": "truncated",
-    "checkpoint of another kind": "no config", "checkpoint of another config": "does not fit", "unknown schedule": "sinus",
-    "unknown decoder": "beam", "no rounds": "at least 1", "sweet spot beyond T": "1..4",
-    "negative temperature": "temperature", "temperature nan": "temperature",
-    "sweet spot without T": "--total-iter", "no samples": "--num-samples", "unknown device": "abacus", "no cuda": "CUDA",
+    "output is a file": "not writable", "checkpoint missing": "not found", "unknown schedule": "sinus",
+    "unknown decoder": "beam", "no rounds": "at least 1", "sweet spot beyond T": "1..4", "temperature nan": "temperature",
+    "no samples": "--num-samples", "unknown device": "abacus",
 }    # fmt: skip
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_bad_input_is_one_sentence_and_nothing_is_written(checkpoint, folders, capsys, monkeypatch, what):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (folders / "model.safetensors").write_bytes(checkpoint.read_bytes())
+def test_bad_input_is_one_sentence_and_nothing_is_written(checkpoint, folders, capsys, what):
     argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks"]
     argv += ["--output", folders / "out", "--device", "cpu", *broken(folders, what)]
     code, err = exit_code(argv, capsys)
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and CASES[what] in err
     assert not list(folders.glob("out/**/*.png"))
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions bind (not root)")
-def test_read_only_output(checkpoint, folders, capsys):
-    (folders / "locked").mkdir(mode=0o500)
-    argv = ["--checkpoint", checkpoint, "--images", folders / "images", "--masks", folders / "masks"]
-    code, err = exit_code([*argv, "--output", folders / "locked"], capsys)
-    assert code == 2 and "not writable" in err
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
-def test_every_kind_of_picture_is_taken(checkpoint, tmp_path, mode):
-    (tmp_path / "images").mkdir()
-    gray = np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE)
-    image = Image.fromarray(gray.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(gray).convert(mode)
-    path = tmp_path / "images" / ("a.tif" if mode == "CMYK" else "a.png")
-    image.save(path)
-    hole = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
-    hole[:, 4:9, 4:9] = True
-    write_mask(tmp_path / "masks" / "a.png", hole)
-    result, known = run(checkpoint, tmp_path)["a"], ~hole.expand(3, -1, -1)
-    assert torch.equal(result[known], read_image(path)[known])
 
 
 # ---- folders and files of all kinds ----
@@ -416,10 +349,3 @@ def test_black_and_white_can_be_given_the_wrong_way_round(checkpoint, folders, c
     Parser().parse_args([])
     run(checkpoint, folders, "--mask-hole", "white")
     assert "--mask-hole black" in capsys.readouterr().err
-
-
-def test_interrupt_has_its_exit_code(capsys, monkeypatch):
-    monkeypatch.setattr(inpainting, "main", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(inpainting.main)
-    assert stopped.value.code == 130 and "interrupted" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from pictures.files import find_images, pair, refuse_overwriting
+from pictures.files import find_images, pair
 from pictures.images import read_image, read_picture, write_completed, write_pixels
 from pictures.masks import check_hole, read_mask
 from pictures.shards import count_pictures, is_shards, open_shards
@@ -339,28 +339,6 @@ def test_accents_composed_or_not_and_names_that_are_no_utf_8(tmp_path):
     touch(tmp_path / "images", "cafe\u0301.png")
     with pytest.raises(UserError, match="share a name"):
         find_images(tmp_path / "images")
-
-
-# ---- an output that is an input ----
-
-
-def test_no_output_may_be_an_input(tmp_path):
-    touch(tmp_path, "in/a.png", "in/b.png", "in/deep/c.png")
-    (tmp_path / "link").symlink_to(tmp_path / "in")
-    (tmp_path / "hard.png").hardlink_to(tmp_path / "in/a.png")
-    (tmp_path / "soft.png").symlink_to(tmp_path / "in/a.png")
-    files = [tmp_path / "in/a.png", tmp_path / "in/b.png"]
-    for output in ("in/a.png", "link/b.png", "hard.png", "soft.png", "in/deep/../a.png"):
-        with pytest.raises(UserError, match="written over"):
-            refuse_overwriting(files, [tmp_path / output])
-    refuse_overwriting(files, [tmp_path / "in/new.png", tmp_path / "out/a.png", tmp_path / "in/deep/c.png"])
-    for output in ("in", "in/new.png", "link/new.png", "in/deep/out/x.png"):
-        with pytest.raises(UserError, match="reads"):
-            refuse_overwriting([tmp_path / "in"], [tmp_path / output])
-    refuse_overwriting([tmp_path / "in"], [tmp_path / "in2/a.png", tmp_path, tmp_path / "in/scores.json"])
-    (tmp_path / "in/b.png").rename(tmp_path / "in/b.json")                  # a picture all the same
-    with pytest.raises(UserError, match="reads"):
-        refuse_overwriting([tmp_path / "in"], [tmp_path / "in/b.json"])
 
 
 # ---- shards ----
