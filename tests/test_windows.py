@@ -1,6 +1,7 @@
 """Pictures larger than the model's: levels, windows and their averages, and what a completion may not depend on."""
 import pytest
 import torch
+from small_sets import rng, small_model
 
 from models import MaskGIT
 from models.completion import Job, complete_pictures
@@ -13,20 +14,13 @@ SIZE, STRIDE, GRID = 16, 4, 4    # of the model below: windows of 4x4 tokens
 
 
 def make_model(guess: bool = False) -> MaskGIT:
-    torch.manual_seed(0)
-    vqgan = dict(image_size=SIZE, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1, guess=guess,
-                 decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1], context_dim=16)    # fmt: skip
-    transformer = dict(codebook_size=32, seq_len=GRID**2, embed_dim=16, depth=2, num_heads=2, mlp_dim=32, pre_norm=True,
-                       qk_norm=True, pixel_dim=(8 if guess else 4) * STRIDE**2)    # fmt: skip
-    model = MaskGIT(vqgan, transformer).eval()
+    """Biases and positions that are no zeros, and a decoder that listens to the transformer."""
+    pixel_dim = (8 if guess else 4) * STRIDE**2
+    model = small_model(SIZE, dict(guess=guess, context_dim=16), depth=2, pixel_dim=pixel_dim)
     torch.nn.init.normal_(model.vqgan.decoder.from_context.weight, generator=rng(1))
     torch.nn.init.normal_(model.transformer.bias, generator=rng(2))
     torch.nn.init.normal_(model.transformer.pos_embed, generator=rng(3))
     return model
-
-
-def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["no guess", "guess"])
@@ -72,12 +66,6 @@ def test_every_wanted_token_lies_in_the_middle_of_a_window_unless_the_edge_forbi
             inside = token - corners                                               # (W, 2)
             middle = ((inside >= 2) | (corners == 0)) & ((inside < 6) | (corners == torch.tensor(wanted.shape) - 8))
             assert (middle & (inside >= 0) & (inside < 8)).all(1).any()
-
-
-def test_few_windows_follow_a_scratch():
-    scratch = torch.zeros(100, 100, dtype=torch.bool)
-    scratch[:, 50] = True
-    assert len(place_windows(scratch, 16, 12)) == 9
 
 
 def two_windows(model: MaskGIT) -> tuple[WindowedModel, torch.Tensor]:
