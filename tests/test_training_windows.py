@@ -4,29 +4,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import CONFIG, assert_same_run, kill_at, make_setting, metrics, run, run_group, succeed
+from small_sets import small_model
+from tiny_runs import CONFIG, assert_same_run, kill_at, make_setting, metrics, run, succeed
 
 from models.maskgit import MaskGIT
-from models.transformer import TransformerConfig
-from models.vqgan import VQGANConfig
 from pictures.holes import window_holes
 from pictures.images import to_float
 from training.weights import with_guess
 from training.windows import Windows, load_photographs, make_guess
 from utils import UserError, seeded
 
-SMALL = {
-    "vqgan": VQGANConfig(image_size=16, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
-                         decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1]),
-    "transformer": TransformerConfig(codebook_size=32, seq_len=16, embed_dim=16, depth=1, num_heads=2, mlp_dim=32,
-                                     pre_norm=True, qk_norm=True, pixel_dim=64),
-}    # fmt: skip
-
 
 @pytest.fixture
 def model() -> MaskGIT:
-    torch.manual_seed(0)
-    return MaskGIT(**SMALL).eval()
+    return small_model()
 
 
 def photographs(*sizes: tuple[int, int]) -> list[torch.Tensor]:
@@ -133,14 +124,6 @@ def test_stage_2_on_windows_resumes_exactly(setting, tmp_path):
     assert run("transformer", setting.argv("transformer", cut), kill_at(7)).code == -9
     succeed("transformer", setting.argv("transformer", cut, "--resume", "auto"))
     assert_same_run(whole, cut, "transformer")
-
-
-def test_two_processes_learn_what_one_learns(setting, tmp_path):
-    flags = ("--epochs", "1", "--learning-rate", "1e-3", "--set", "transformer.dropout=0", "transformer.attention_dropout=0")
-    succeed("transformer", setting.argv("transformer", tmp_path / "one", *flags))
-    assert all(child.code == 0 for child in run_group("transformer", setting.argv("transformer", tmp_path / "two", *flags)))
-    one, two = ([line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
 
 
 @pytest.mark.parametrize("change", ["train_transformer.windows=-1", "train_transformer.windows=7",
