@@ -51,14 +51,6 @@ def test_nearest_equals_brute_force(l2):
     assert len(expected.unique()) > 5
 
 
-def test_normalised_codes_and_latents_have_unit_length_and_no_scale():
-    book = codebook(True)
-    torch.testing.assert_close(book.codes().norm(dim=1), torch.ones(K))
-    torch.testing.assert_close(book(latents()).z_q.norm(dim=1), torch.ones(2, 4, 6))
-    assert torch.equal(book(latents()).indices, book(latents(1000)).indices)
-    assert torch.equal(codebook(False).codes(), codebook(False).embedding.weight)
-
-
 @BOTH
 def test_gradient_goes_straight_through(l2):
     book, z, weight = codebook(l2), latents().requires_grad_(), latents(3)

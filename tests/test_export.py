@@ -92,13 +92,11 @@ def test_eight_bits_keep_the_tokens(parts, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        ("", "nothing to write"),
         ("--output x.safetensors", "--transformer"),
         ("--transformer transformer.pt --output x.pt", ".safetensors"),
         ("--transformer transformer.pt --output x.safetensors --note config=3", "KEY=VALUE"),
         ("--transformer transformer.pt --output x.safetensors --vqgan foreign.safetensors", "other tokens"),
         ("--transformer transformer.pt --output x.safetensors --average foreign.safetensors", "other tokens"),
-        ("--transformer transformer.pt --output x.safetensors --average none", "not found"),
         ("--transformer transformer.pt --output x.safetensors --average-decoder other.safetensors", "VQGAN"),
         ("--onnx onnx --checkpoint none.safetensors", "not found"),
     ],

@@ -35,12 +35,8 @@ def test_a_picture_depends_on_its_seed_alone(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "word"), [
-    (["--count", "0"], "--count"), (["--total-iter", "0"], "--total-iter"), (["--batch-size", "-1"], "--batch-size"),
-    (["--mask-func", "sinus"], "cosine"), (["--decoder", "beam"], "halton"), (["--temperature", "-1"], "--temperature"),
-    (["--choice-temperature", "nan"], "--choice-temperature"), (["--seed", "-1"], "--seed"),
-    (["--seeds", "1", "-2"], "--seed"),
-    (["--checkpoint", "none.safetensors"], "none.safetensors"), (["--device", "abacus"], "abacus"),
-    (["--seeds", "x"], "invalid"),
+    (["--count", "0"], "--count"), (["--temperature", "-1"], "--temperature"), (["--seeds", "1", "-2"], "--seed"),
+    (["--checkpoint", "none.safetensors"], "none.safetensors"),
 ])
 def test_it_refuses_in_a_sentence(checkpoint, tmp_path, flags, word):
     with pytest.raises(ValueError, match=word) as error:

@@ -60,14 +60,6 @@ def test_equal_pictures_are_perfect():
     assert summary["seam"] == pytest.approx(1) and summary["detail"] == pytest.approx(1)
 
 
-def test_a_batch_gives_what_single_pictures_give():
-    batch = offset_pairs(10)
-    whole = paired_metrics(*batch)
-    for i in range(3):
-        for name, values in paired_metrics(*(x[i : i + 1] for x in batch)).items():
-            torch.testing.assert_close(whole[name][i : i + 1], values, rtol=1e-5, atol=1e-6)
-
-
 def test_every_changed_known_pixel_counts_once():
     pred, truth, holes = offset_pairs(10)
     pred[0, 1, -1, 0] ^= 1       # one channel by one level

@@ -6,12 +6,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_sets import small_model
 
 from models.files import EIGHT_BIT, EIGHT_BIT_FROM
 from models.maskgit import MaskGIT
-from models.quantize import LARGEST, LEAST_SCALE, SUFFIX, dequantize, dequantize_all, quantize
-from models.transformer import TransformerConfig
-from models.vqgan import VQGANConfig
+from models.quantize import LEAST_SCALE, SUFFIX, dequantize, quantize
 
 SHAPES = [(48, 64), (16, 3, 3, 3), (5, 1), (1, 4096)]
 MATRIX = "transformer.blocks.0.attention.qkv.weight"
@@ -25,15 +24,6 @@ def weights(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 # ---- tensors ----
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_types_shapes_and_range(shape):
-    values, scale = quantize(weights(shape))
-    assert values.dtype == torch.int8 and values.shape == shape and values.is_contiguous()
-    assert scale.dtype == torch.float16 and scale.shape == shape[:1] and bool((scale >= 0).all())
-    assert values.min() >= -LARGEST
-    assert dequantize(values, scale).dtype == torch.float32 and dequantize(values, scale).shape == shape
 
 
 def test_the_second_time_changes_nothing_for_any_size_of_a_row():
@@ -65,26 +55,11 @@ def test_rows_of_zeros_stay_zero():
 def test_refuses_what_8_bits_can_not_hold(bad):
     weight = torch.ones(3, 4)
     weight[1, 2] = bad
-    with pytest.raises(ValueError, match="not finite, or too large"):
+    with pytest.raises(ValueError, match="8 bits"):
         quantize(weight)
 
 
 # ---- the tensors of a file ----
-
-
-def test_tensors_without_8_bits_come_back_as_float32():
-    stored = {"a": torch.ones(2).half(), "b.scale": torch.ones(3)}
-    state = dequantize_all(stored)
-    assert state.keys() == stored.keys() and all(value.dtype == torch.float32 for value in state.values())
-
-
-@pytest.mark.parametrize(
-    "scale", [None, torch.ones(2).half(), torch.ones(3, 1).half(), torch.ones(3), torch.ones(3).to(torch.int8)]
-)
-def test_a_scale_that_does_not_fit_is_refused(scale):
-    stored = {"w": torch.ones(3, 4).to(torch.int8)} | ({} if scale is None else {"w.scale": scale})
-    with pytest.raises(ValueError, match="w is stored in 8 bits, but w.scale is not a half-precision scale"):
-        dequantize_all(stored)
 
 
 # ---- files ----
@@ -92,15 +67,8 @@ def test_a_scale_that_does_not_fit_is_refused(scale):
 
 @pytest.fixture(scope="module")
 def model() -> MaskGIT:
-    torch.manual_seed(0)
-    vqgan = VQGANConfig(
-        image_size=16, codebook_size=64, codebook_dim=64, encoder_width=64, encoder_depth=1,
-        decoder_channels=[32, 16, 8], decoder_blocks=[1, 1, 1], context_dim=64,
-    )    # fmt: skip
-    transformer = TransformerConfig(
-        codebook_size=64, seq_len=16, embed_dim=64, depth=2, num_heads=2, mlp_dim=64, pixel_dim=64, pre_norm=True
-    )
-    model = MaskGIT(vqgan, transformer).eval()
+    codes = dict(codebook_size=64, codebook_dim=64, encoder_width=64, decoder_channels=[32, 16, 8], context_dim=64)
+    model = small_model(vqgan=codes, embed_dim=64, mlp_dim=64, depth=2)
     for parameter in model.parameters():    # none is 0 or 1, which every type holds exactly
         parameter.data += 0.01 * torch.randn_like(parameter)
     return model
@@ -151,8 +119,8 @@ def test_reading_and_writing_again_changes_nothing(model, tmp_path, dtype):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda stored: stored.pop(MATRIX + SUFFIX), "half-precision scale for each row"),
-        (lambda stored: stored.update({MATRIX + SUFFIX: torch.ones(7).half()}), "half-precision scale for each row"),
+        (lambda stored: stored.pop(MATRIX + SUFFIX), "scale"),
+        (lambda stored: stored.update({MATRIX + SUFFIX: torch.ones(7).half()}), "scale"),
         (lambda stored: stored.update({MATRIX: stored[MATRIX].half()}), "Unexpected key"),
     ],
 )
@@ -163,5 +131,5 @@ def test_files_whose_scales_do_not_fit_are_refused(path, tmp_path, change, word)
     stored = load_file(path)
     change(stored)
     save_file(stored, tmp_path / "odd.safetensors", metadata)
-    with pytest.raises(ValueError, match=f"odd.safetensors does not fit its own config: .*{word}"):
+    with pytest.raises(ValueError, match=f"odd.safetensors .*{word}"):
         MaskGIT.from_pretrained(tmp_path / "odd.safetensors")
