@@ -11,10 +11,8 @@ import torchvision
 from small_sets import random_images
 from torch import nn
 
-from evaluation.distances import frechet_distance
 from evaluation.features import Features, load_features
-from pictures.files import find_images
-from pictures.images import read_image, write_image
+from pictures.images import write_image
 from utils import UserError
 
 # ---- Inception: a file of the official layout with random weights ----
@@ -157,12 +155,3 @@ def test_onnx_files_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="pip install onnxruntime"):
         load_features(tmp_path / "four.onnx")
-
-
-def test_real_mobilenet_tells_noise_from_cats(shared):
-    network = load_features(shared / "weights" / "mobilenet_v1_075_pool.onnx", name="MobileNetV1")
-    assert network.dims == 768 and network.frechet_name == "FD-MobileNetV1"
-    files = list(find_images(shared / "data" / "catface64" / "test" / "image").values())[:40]
-    cats = torch.stack([read_image(path) for path in files])
-    some, others, noise = network(cats[::2]), network(cats[1::2]), network(random_images(20, side=64))
-    assert frechet_distance(some, others) < frechet_distance(some, noise)

@@ -3,10 +3,8 @@ import pytest
 import torch
 from small_sets import small_model
 
-from models.decoding import masked_positions
 from models.local_autoencoder import condition
 from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask
-from models.transformer import TransformerConfig
 from pictures.holes import random_holes
 from training.speed import padded_positions
 from training.token_batches import draw_masks
@@ -91,15 +89,6 @@ def test_a_compiled_loss_is_the_same_and_traced_once(traced):
     assert graphs[0] == graphs[2] > 0 and MaskGIT.losses in traced
 
 
-@pytest.mark.parametrize("masked_count", [1, 7, 31, 32])
-def test_a_round_number_of_places_holds_all_that_is_masked_and_nothing_twice(masked_count):
-    masked = torch.zeros(2, 16, dtype=torch.bool)
-    masked.view(-1)[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:masked_count]] = True
-    rounded = padded_positions(masked)
-    assert len(rounded) == masked_count + masked_count % 2 and len(rounded.unique()) == len(rounded)
-    assert torch.equal(rounded[:masked_count], masked_positions(masked)) and masked.flatten()[masked_positions(masked)].all()
-
-
 def test_places_that_are_not_masked_cost_nothing():
     model = tiny().train()
     tokens, masked, pixels = torch.randint(0, 32, (3, 16)), torch.arange(48).view(3, 16) < 31, torch.rand(3, 16, 64)
@@ -114,15 +103,6 @@ def test_places_that_are_not_masked_cost_nothing():
         loss.backward()
         found.append([p.grad.clone() for p in model.transformer.parameters()])
     torch.testing.assert_close(*found)
-
-
-def test_tokens_of_visible_places_are_those_of_the_clean_picture():
-    model, mask = tiny().eval(), holes(8)
-    image = torch.rand(8, 3, 16, 16) * 2 - 1
-    inside = pixel_to_token_mask(mask, 4)
-    last = model.complete(image, mask, range(8), total_iter=3).rounds[-1]
-    assert torch.equal(last.tokens[~inside], model.vqgan.encode(image)[~inside])
-    assert not last.masked.any() and (last.tokens < 32).all()
 
 
 # ---- what training hides ----
@@ -208,14 +188,6 @@ def test_where_nothing_is_known_there_is_no_context():
     decoded, plain = model.decode(tokens, image, mask), model.vqgan.decode(tokens).clamp(-1, 1)
     torch.testing.assert_close(decoded[0], plain[0])
     assert not torch.allclose(decoded[1], plain[1])
-
-
-def test_a_vqgan_without_its_context_is_another_transformers_to_use():
-    model = listening()
-    plain, tokens = model.vqgan.without_context(), torch.randint(0, 32, (2, 16))
-    assert plain.config.context_dim == 0 and model.vqgan.config.context_dim == 16
-    torch.testing.assert_close(plain.decode(tokens), model.vqgan.decode(tokens))
-    MaskGIT(plain.config, TransformerConfig(codebook_size=32, seq_len=16, embed_dim=8, num_heads=2, depth=1, mlp_dim=8))
 
 
 def test_a_guess_counts_in_the_hole_alone_and_where_it_is_one():

@@ -58,15 +58,3 @@ def test_plan_is_the_floor_of_the_schedule(schedule, hole, total_iter):
         share = (total_iter**power - t**power) * hole // total_iter**power
         left = max(0, min(share, left - 1))
         assert plan[t - 1] == left
-
-
-@pytest.mark.parametrize("schedule, hole, expected", [
-    ("linear", 10, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]),                       # 1 - 0.9 is below 0.1 in floating point
-    ("cosine", 10, [8, 5, 0]),                                            # cos(60 deg) = 1/2
-    ("cosine", 256, [236, 181, 97, 0]),
-    ("square", 100, [93, 75, 43, 0]),
-    ("sqrt", 100, [50, 29, 13, 0]),
-    ("arccos", 9, [6, 0]),                                                # arccos(1/2) = 60 deg
-])
-def test_plans_by_hand(schedule, hole, expected):
-    assert mask_plan(schedule, torch.tensor([hole]), len(expected)).tolist() == [expected]

@@ -37,50 +37,6 @@ def test_reference_setting_has_the_published_size():
         assert count_parameters(BidirectionalTransformer(TransformerConfig())) == 72_745_472
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_mask_token_cannot_be_predicted(pre_norm):
-    model, x = lively(pre_norm=pre_norm), tokens(mask_token=False)
-    assert model.mask_token_id == 11
-    before = model(x)
-    assert before.shape == (3, 9, 11)
-    with torch.no_grad():
-        model.token_embed.weight[11] += 100
-        model.bias[:, 11] += 100
-    assert torch.equal(model(x), before)
-    assert not torch.equal(model(tokens()), before)
-
-
-def test_output_embedding_is_the_input_embedding():
-    model, x = lively(), tokens()
-    x[x == 5] = 4    # code 5 is never an input, so its row acts as an output only
-    before = model(x)
-    with torch.no_grad():
-        model.token_embed.weight[5] *= 2
-        model.bias[:, 5] *= 2
-    after = model(x)
-    torch.testing.assert_close(after[..., 5], 2 * before[..., 5])
-    others = torch.arange(11) != 5
-    assert torch.equal(after[..., others], before[..., others])
-
-
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_positions_come_from_the_learned_embedding_alone(pre_norm):
-    model, x = lively(pre_norm=pre_norm, qk_norm=pre_norm, pixel_dim=4), tokens()
-    pixels = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(3))
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(4))
-
-    def moves_along() -> bool:
-        return torch.allclose(model(x[:, order], pixels[:, order]), model(x, pixels)[:, order], rtol=1e-4, atol=1e-4)
-
-    bias = model.bias.data.clone()
-    nn.init.zeros_(model.bias)
-    assert not moves_along()
-    nn.init.zeros_(model.pos_embed)
-    assert moves_along()
-    model.bias.data.copy_(bias)
-    assert not moves_along()
-
-
 def test_pixels_are_taken_if_and_only_if_the_model_has_them():
     x, pixels = tokens(), torch.randn(3, 9, 4)
     with pytest.raises(ValueError, match="must not be given"):

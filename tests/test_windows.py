@@ -7,7 +7,7 @@ from models import MaskGIT
 from models.completion import Job, complete_pictures
 from models.convert import to_uint8
 from models.decoding import halton_order, iterative_decode
-from models.levels import THICK, count_levels, enlarge, enlarge_windows, make_levels, surroundings
+from models.levels import THICK, count_levels, enlarge, enlarge_windows, make_levels
 from models.windows import WindowedModel, make_layout, place_windows, ramp
 
 SIZE, STRIDE, GRID = 16, 4, 4    # of the model below: windows of 4x4 tokens
@@ -154,11 +154,6 @@ def test_a_window_of_the_level_below_is_what_the_whole_enlarged_shows_there():
         torch.testing.assert_close(window, whole[:, top : top + 16, left : left + 16], rtol=0, atol=1e-6)
 
 
-def test_the_surroundings_start_at_whole_tokens_and_end_with_the_picture():
-    j = job(100, 90, (37, 50, 80, 90))
-    assert surroundings(j.hole, 16, 8) == (16, 66, 64, 90)
-
-
 # ---- pictures of all sizes ----
 
 
@@ -204,13 +199,6 @@ def test_large_levels_are_completed_in_blocks(model, monkeypatch):
     assert (result.image != j.image)[:, j.hole[0]].float().mean() > 0.9
 
 
-def test_without_paste_all_of_the_picture_is_decoded(model):
-    j = job(33, 50)
-    [pasted], [plain] = complete(model, j), complete(model, j, paste=False)
-    assert plain.image.shape == j.image.shape
-    assert (plain.image != j.image)[:, ~j.hole[0]].float().mean() > 0.9 > (pasted.image != j.image).float().mean()
-
-
 def test_a_guess_is_used_where_there_is_one():
     model, j = make_model(guess=True), job(64, 64, (8, 56, 8, 56))
     with torch.no_grad():
@@ -230,12 +218,6 @@ def test_rounds_are_shown_level_by_level(model):
         assert left == sorted(left, reverse=True) and left[-1] == 0 < left[0]
         assert all(s.picture.shape[1] == STRIDE * s.masked.shape[0] for s in mine)
     assert torch.equal(complete(model, j, total_iter=2)[0].image, result.image)
-
-
-def test_a_picture_without_a_hole_costs_nothing(model):
-    j = job(30, 40, (0, 0, 0, 0))
-    [result] = complete(model, j)
-    assert torch.equal(result.image, j.image) and result.steps == 0
 
 
 def test_training_mode_is_put_back_and_does_not_matter(model):
