@@ -1,6 +1,4 @@
-"""pictures/: finding, pairing, reading, writing, masks, folders, holes, views."""
-from collections import Counter
-from itertools import product
+"""pictures/: finding, pairing, reading, writing, masks, folders, views."""
 from pathlib import Path
 from threading import Event
 
@@ -13,7 +11,6 @@ from small_sets import rng, save_pixels, smooth_picture
 from pictures.ahead import read_ahead, write_behind
 from pictures.files import find_images, pair
 from pictures.folders import load_folder, read_square
-from pictures.holes import _distance_to_box_centre, _distance_to_polyline, _nearest, random_holes, random_walks
 from pictures.images import read_image, to_float, to_uint8, write_image
 from pictures.masks import read_mask
 from pictures.views import COLOUR, MAX_MOVE, MAX_TURN, ZOOM, Views, random_views, take_views
@@ -234,89 +231,6 @@ def test_writing_behind_raises_what_went_wrong():
         with write_behind(budget=100) as write:
             write(1, fail)
             late.set()    # the last one fails when nothing more is written
-
-
-# ---- random holes ----
-
-
-@pytest.mark.parametrize("size", [2, 3, 8, 31, 64])
-def test_every_random_mask_has_a_hole_and_a_known_pixel(size):
-    count = 20_000 // size
-    holes = random_holes(count, size, rng())
-    assert holes.dtype == torch.bool and holes.shape == (count, 1, size, size)
-    assert holes.flatten(1).any(1).all() and (~holes).flatten(1).any(1).all()
-
-
-def test_random_holes_are_a_function_of_the_generator():
-    g = rng(3)
-    first, second = random_holes(20, 16, g), random_holes(20, 16, g)
-    assert not torch.equal(first, second)
-    torch.manual_seed(7)    # the global generator plays no part
-    assert torch.equal(random_holes(20, 16, rng(3)), first)
-    assert not torch.equal(random_holes(20, 16, rng(4)), first)
-
-
-def test_walks_have_the_law_of_a_walk_that_stays_at_the_border():
-    """All 4 * 4**3 walks of 3 steps (0.8 * 4 pixels) in a 2x2 picture, counted, against 20,000 drawn ones."""
-    expected = Counter()
-    for start, *moves in product(range(4), *[((0, 1), (0, -1), (1, 0), (-1, 0))] * 3):
-        y, x = divmod(start, 2)
-        seen = set()
-        for dy, dx in moves:
-            y, x = min(max(y + dy, 0), 1), min(max(x + dx, 0), 1)
-            seen.add(2 * y + x)
-        expected[sum(1 << cell for cell in seen)] += 1 / 4**4
-    count = 20_000
-    codes = (random_walks(count, 2, rng()).flatten(1).int() << torch.arange(4)).sum(1)
-    drawn = Counter(codes.tolist())
-    assert set(drawn) == set(expected)
-    for code, p in expected.items():
-        assert abs(drawn[code] - count * p) < 4.5 * (count * p * (1 - p)) ** 0.5
-
-
-def test_boxes_are_boxes_and_have_the_share_drawn():
-    g = rng()
-    distance = _distance_to_box_centre(200, 32, g)
-    for hole in _nearest(distance, g).view(-1, 32, 32):
-        rows, columns = hole.any(1), hole.any(0)
-        assert torch.equal(hole, rows[:, None] & columns[None])    # a product of two sets...
-        assert rows.int().diff().abs().sum() <= 2 and columns.int().diff().abs().sum() <= 2    # ...each an interval
-
-
-def test_polyline_distance_matches_dense_sampling():
-    size = 16
-    distance = _distance_to_polyline(3, size, rng(5))
-    points = torch.rand(3, 4, 1, 2, generator=rng(5)).squeeze(2)             # the same draw
-    t = torch.linspace(0, 1, 400)[:, None]
-    centres = (torch.arange(size) + 0.5) / size
-    grid = torch.cartesian_prod(centres, centres)
-    for i in range(3):
-        dense = torch.cat([points[i, j] * (1 - t) + points[i, j + 1] * t for j in range(3)])
-        torch.testing.assert_close(distance[i], torch.cdist(grid, dense).amin(1), atol=2e-3, rtol=0)
-
-
-def _hole_statistics(holes: torch.Tensor) -> dict[str, float]:
-    """holes (n, 64, 64): share of the picture (mean, std), length of the outline per pixel, share of the border."""
-    holes = holes.float()
-    share = holes.mean((1, 2))
-    outline = holes.diff(dim=1).abs().mean() + holes.diff(dim=2).abs().mean()
-    border = torch.cat([holes[:, 0], holes[:, -1], holes[:, :, 0], holes[:, :, -1]], dim=1).mean()
-    return {"mean": share.mean().item(), "std": share.std().item(), "outline": outline.item(), "border": border.item()}
-
-
-def test_random_holes_resemble_the_test_masks(shared):
-    files = find_images(shared / "data" / "catface64" / "test" / "mask")
-    real = torch.cat([read_mask(file) for file in files.values()])            # (300, 64, 64)
-    g = rng()
-    expected, walks = _hole_statistics(real), _hole_statistics(random_walks(1000, 64, g).view(-1, 64, 64))
-    tolerance = {"mean": 0.006, "std": 0.005, "outline": 0.005, "border": 0.012}    # 2 to 3 sigma of 300 masks
-    for name, value in expected.items():
-        assert walks[name] == pytest.approx(value, abs=tolerance[name]), name
-    share = random_holes(4000, 64, g).float().mean((1, 2, 3))
-    real_share = real.float().mean((1, 2))
-    assert share.mean().item() == pytest.approx(real_share.mean().item(), abs=0.015)
-    assert share.median().item() == pytest.approx(real_share.median().item(), abs=0.01)
-    assert (share < 0.08).float().mean() > 0.02 and (share > 0.4).float().mean() > 0.02    # the wider tails
 
 
 # ---- views ----
