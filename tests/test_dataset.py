@@ -196,9 +196,8 @@ def test_every_picture_gets_a_hole_of_its_size_that_depends_on_seed_and_name(tmp
     hard = [read_mask(tmp_path / "v" / f"{name}.png").float().mean() for name in "abc"]
     assert all(0.4 < share < 1 for share in hard)
     assert not torch.equal(masks["a"], masks["b"]) and not torch.equal(drawn[0], drawn[1])
-    said = capsys.readouterr().out.splitlines()[0]
     share = sum(mask.double().mean().item() for mask in masks.values()) / 3
-    assert said == f"{tmp_path / 'x'}: 3 holes of {share:.1%} of their pictures on average"
+    assert f"3 holes of {share:.1%}" in capsys.readouterr().out
 
 
 # ---- refusals ----

@@ -16,40 +16,6 @@ def noise(size: int = 64) -> torch.Tensor:
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def without_norm(model: PatchDiscriminator) -> PatchDiscriminator:
-    """GroupNorm's statistics are global by nature; what the convolutions see shows without them."""
-    for layer in model.layers:
-        for i, part in enumerate(layer):
-            if isinstance(part, nn.GroupNorm):
-                layer[i] = nn.Identity()
-    return model
-
-
-@pytest.mark.parametrize("strided, side", [(1, 12), (2, 26), (3, 54)])
-def test_a_score_sees_a_patch(strided, side):
-    model, image = without_norm(discriminator(strided=strided)), noise(96).requires_grad_()
-    scores, _ = model(image)
-    middle = scores.shape[-1] // 2
-    seen = torch.autograd.grad(scores[0, 0, middle, middle], image)[0][0].abs().sum(0) > 0
-    rows, columns = seen.any(1), seen.any(0)
-    assert rows.sum() == columns.sum() == side and seen.sum() == side * side
-
-
-@pytest.mark.parametrize("strided", [1, 2, 3])
-def test_scores_and_features(strided):
-    scores, features = discriminator(strided=strided)(noise())
-    assert scores.shape == (1, 1, 64 // 2**strided, 64 // 2**strided)
-    assert [f.shape[1] for f in features] == [8 * 2**i for i in range(strided + 1)]
-    assert [f.shape[2] for f in features] == [64 // 2 ** min(i, strided) for i in range(1, strided + 2)]
-    assert not scores.allclose(scores.mean())
-
-
-def test_widths_that_are_no_multiples_of_32_and_refusal():
-    assert discriminator(channels=24)(noise(16))[0].isfinite().all()
-    with pytest.raises(ValueError, match="strided must be at least 1, got 0"):
-        PatchDiscriminator(strided=0)
-
-
 def maps() -> list[torch.Tensor]:
     """Feature maps of two pictures, each position of unit length."""
     generator = torch.Generator().manual_seed(2)

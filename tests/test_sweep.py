@@ -1,4 +1,4 @@
-"""tools.sweep: one decode for all sweet spots, going on after a stop, tables, figures, refusals."""
+"""tools.sweep: scores of all sweet spots, going on after a stop, tables, figures, refusals."""
 import csv
 import statistics
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from small_sets import mean_colours, weighted_l1, write_set
 
 import inpainting
-from evaluation import sweeps, tables
+from evaluation import sweeps
 from evaluation.distances import frechet_distance
 from evaluation.metrics import paired_metrics, summarise
 from pictures.folders import load_folder
@@ -218,23 +218,6 @@ def test_rounds_show_the_pictures_bit_for_bit(small_set, tmp_path):
             assert np.array_equal(cell(row, column)[~hole[0]], original[~hole[0]])
     counts = [int((cell(4, column)[::4, ::4, 0] == 255).sum()) for column in range(5)]
     assert counts == [counts[0], counts[0] * 3 // 4, counts[0] * 2 // 4, counts[0] // 4, 0]    # linear
-
-
-@pytest.mark.parametrize(
-    ("spots", "drawn"),
-    [
-        ({"4": ["4"], "8": ["8"]}, ["score_over_total_iter.png"]),
-        ({"4": ["4"], "8": ["6", "8"]}, ["score_over_sweet_spot.png", "score_over_total_iter.png"]),
-        ({"8": ["6"]}, ["score_over_sweet_spot.png"]),
-    ],
-)
-def test_sweet_spots_are_drawn_where_there_are_several(spots, drawn, tmp_path):
-    pytest.importorskip("matplotlib")
-    fixed = {"decoder": "maskgit", "temperature": "1", "choice_temperature": "4.5", "mask_func": "cosine", "FD-x": "5"}
-    rows = [fixed | {"total_iter": T, "sweet_spot": t, "seed": seed} for T in spots for t in spots[T] for seed in "01"]
-    tables.write_csv(tmp_path / "r.csv", list(rows[0]), rows)
-    figures.main(["sweep", str(tmp_path / "r.csv"), "--output", str(tmp_path / "out")])    # from the CSV alone
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == drawn
 
 
 # ---- refusals ----

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.attention import count_parameters
-from models.autoencoder import Downsample, SpatialAttention, Upsample
-from models.local_autoencoder import PixelMLP
+from models.autoencoder import Downsample, Upsample
 from models.vqgan import VQGAN, VQGANConfig
 from pictures.holes import random_holes
 
@@ -201,35 +200,7 @@ def test_reconstruction_trains_encoder_and_decoder_and_the_loss_the_codebook(opt
     assert model.codebook.embedding.weight.grad.any()
 
 
-def test_batch_of_two_decodes_as_two_of_one(default):
-    tokens = torch.randint(1024, (2, 256), generator=generator(4))
-    image, hole = pictures(2), random_holes(2, 64, generator(5)).float()
-    both = default.decode(tokens, image, hole)
-    single = torch.cat([default.decode(tokens[i : i + 1], image[i : i + 1], hole[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(both, single, rtol=1e-4, atol=1e-4)
-
-
 # ---- parts ----
-
-def test_blocks_keep_their_input_where_their_last_layer_is_silent():
-    x = torch.randn(2, 4, 8, generator=generator())
-    mlp = PixelMLP(8)
-    nn.init.zeros_(mlp.layers[-1].weight), nn.init.zeros_(mlp.layers[-1].bias)
-    assert torch.equal(mlp(x), x)
-    decoder = VQGAN(VQGANConfig()).decoder
-    feature = torch.randn(1, 192, 4, 4, generator=generator())
-    assert torch.equal(decoder.stages[0](feature), feature)    # so every block starts
-
-
-def test_spatial_attention_is_permutation_equivariant_and_global():
-    torch.manual_seed(0)
-    attention, x = SpatialAttention(8), torch.randn(1, 8, 3, 4, generator=generator())
-    order = torch.randperm(12, generator=generator())
-    shuffled = x.flatten(2)[..., order].view_as(x)
-    torch.testing.assert_close(attention(shuffled).flatten(2), attention(x).flatten(2)[..., order], rtol=1e-4, atol=1e-5)
-    x.requires_grad_()
-    assert torch.autograd.grad(attention(x)[0, :, 0, 0].sum(), x)[0].abs().sum(1).gt(0).all()
-
 
 def test_sampling_layers():
     """Against the same convolution without the padding or the enlarging."""
