@@ -58,27 +58,17 @@ def same(a: Round, b: Round) -> bool:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("total_iter", [1, 2, 7, 50])
-def test_known_tokens_stay_and_no_mask_token_is_left(decoder, total_iter):
+@pytest.mark.parametrize("total_iter", [1, 2, 7, 50, None])
+def test_known_and_accepted_tokens_stay_and_no_mask_token_is_left(decoder, total_iter):
     tokens, mask = rows(0, 1, 20, N)
-    rounds = decode(tokens, mask, decoder=decoder, total_iter=total_iter)
-    assert len(rounds) == total_iter
-    before = mask
-    for r in rounds:
-        assert r.tokens.dtype == torch.int64 and r.masked.dtype == torch.bool
-        assert torch.equal(r.tokens[~mask], tokens[~mask])
-        assert ((r.tokens >= 0) & (r.tokens < K)).all()
-        assert not (r.masked & ~before).any()    # what was accepted once stays
-        before = r.masked
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("total_iter", [8, None])
-def test_accepted_tokens_never_change_again(decoder, total_iter):
-    tokens, mask = rows(20, N)
     rounds = decode(tokens, mask, decoder=decoder, total_iter=total_iter, entropy_budget=6.0)
-    for a, b in zip(rounds, rounds[1:], strict=False):
-        assert torch.equal(a.tokens[~a.masked], b.tokens[~a.masked])
+    assert len(rounds) == (total_iter or len(rounds))
+    before = Round(tokens, mask)
+    for r in rounds:
+        assert torch.equal(r.tokens[~before.masked], before.tokens[~before.masked])
+        assert ((r.tokens >= 0) & (r.tokens < K)).all()
+        assert not (r.masked & ~before.masked).any()
+        before = r
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -93,16 +83,6 @@ def test_counts_follow_the_plan_of_each_row(decoder, schedule):
             left = max(0, min(left - 1, math.floor(gamma(schedule, t / T).item() * hole + 1e-9)))
             expected.append(left)
         assert counts == expected and counts[-1] == 0
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_reference_counts_progress_from_zero(schedule):
-    holes, T = (0, 1, 20, N), 6
-    rounds = decode(*rows(*holes), decoder="reference", total_iter=T, schedule=schedule)
-    for row, hole in enumerate(holes):
-        counts = [int(r.masked[row].sum()) for r in rounds]
-        assert counts == [math.ceil(gamma(schedule, t / T).item() * hole) for t in range(T)]
-        assert counts[0] == hole
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -282,30 +262,19 @@ def test_without_noise_the_most_confident_are_kept():
         assert log_p[i][kept].min() >= log_p[i][first.masked[i]].max()
 
 
-def quadrant_error(order: Tensor, side: int) -> int:
-    """Largest difference between the cells visited in two quadrants, over all beginnings of the order."""
-    places = order.argsort()
-    row, column = places // side, places % side
-    quadrant = (row >= side // 2).long() * 2 + (column >= side // 2).long()
-    visits = torch.nn.functional.one_hot(quadrant, 4).cumsum(0)
-    return int((visits.amax(1) - visits.amin(1)).max())
-
-
 @pytest.mark.parametrize("side", [1, 2, 6, 8, 16, 32])
 def test_halton_order_is_a_permutation(side):
     order = halton_order(side * side)
     assert torch.equal(order.sort().values, torch.arange(side * side))
 
 
-def test_halton_order_has_low_discrepancy():
+def test_halton_order_visits_all_quadrants_alike_and_no_neighbours_in_turn():
     side = 16
-    ours = quadrant_error(halton_order(side * side), side)
-    random = [quadrant_error(torch.randperm(side * side, generator=rng(s)), side) for s in range(20)]
-    assert ours < min(random)
     places = halton_order(side * side).argsort()
-    points = torch.stack([places // side, places % side], dim=1).double()
-    steps = (points[1:64] - points[:63]).norm(dim=1)    # places filled one after the other are no neighbours
-    assert steps.min() > 2
+    points = torch.stack([places // side, places % side], dim=1)
+    visits = torch.nn.functional.one_hot((points // (side // 2) * torch.tensor([2, 1])).sum(1), 4).cumsum(0)
+    assert (visits.amax(1) - visits.amin(1)).max() <= 6    # 8 to 20 in random orders
+    assert (points[1:64] - points[:63]).double().norm(dim=1).min() > 2
 
 
 def test_halton_fills_the_hole_in_its_order():

@@ -1,9 +1,6 @@
 """What the demo does behind the page: reading, painting, completing, refusing. The page itself: tests/browser."""
 import asyncio
-import base64
-import io
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageChops, ImageSequence
+from PIL import Image, ImageChops
+from small_sets import small_model
 
 from demo.__main__ import main
 from demo.completing import complete
 from demo.painting import CANVAS, MARGIN, editor_value, frame, painted
 from demo.photos import Photo, find_samples, new_file, open_mask, open_photo
-from demo.rounds import OPEN, rounds_html, steps
+from demo.rounds import OPEN, steps
 from models import MaskGIT
-from models.completion import Snapshot
 from pictures.images import Picture
-from utils import UserError, load_config
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_PIXELS = 1_000_000
@@ -31,9 +28,7 @@ MAX_PIXELS = 1_000_000
 
 @pytest.fixture(scope="module")
 def model() -> MaskGIT:
-    config = load_config(ROOT / "configs/tiny.yml")
-    torch.manual_seed(0)
-    return MaskGIT(config["vqgan"], config["transformer"]).eval()
+    return small_model(32)
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -106,12 +101,6 @@ def test_a_mask_gives_the_hole(tmp_path, colour):
     assert f"choose {colour}" in notes[1]
     with pytest.raises(UserError, match="same size"):
         open_mask(path, photo(60, 40), colour, MAX_PIXELS)
-
-
-def test_a_photograph_as_mask_is_refused_without_the_servers_path(tmp_path):
-    with pytest.raises(UserError, match="mask photo.png looks like") as error:
-        open_mask(saved(tmp_path, "photo.png", Image.fromarray(noise(32, 32))), photo(), "black", MAX_PIXELS)
-    assert str(tmp_path) not in str(error.value)
 
 
 def test_samples_are_paired_by_name_and_may_be_missing(tmp_path, capsys):
@@ -203,11 +192,8 @@ def test_completions_keep_every_known_pixel_and_follow_their_seeds(model, tmp_pa
         ({"hole": torch.zeros(1, 32, 32, dtype=torch.bool)}, "Nothing is painted"),
         ({"hole": torch.ones(1, 32, 32, dtype=torch.bool)}, "whole picture"),
         ({"seed": None}, "seed"),
-        ({"seed": -1}, "seed"),
         ({"count": 9}, "8 completions"),
         ({"total_iter": 31}, "30 rounds"),
-        ({"sweet_spot": 9}, "sweet_spot"),
-        ({"schedule": "steep"}, "steep"),
     ],
 )
 def test_what_cannot_be_completed_is_refused(model, tmp_path, changes, word):
@@ -229,33 +215,12 @@ def test_the_rounds_lead_from_the_hole_to_the_completion(model, tmp_path):
     assert np.array_equal(np.asarray(shown[-1].picture), np.asarray(Image.open(one.file)))
 
 
-def snapshot(level: int, height: int, width: int, masked: int) -> Snapshot:
-    tokens = torch.zeros(height // 4, width // 4, dtype=torch.bool)
-    tokens.view(-1)[:masked] = True
-    return Snapshot(level, photo(height, width).picture.rgb(), tokens)
-
-
-def test_levels_are_named_and_the_animation_holds_every_round():
-    shots = [snapshot(0, 16, 32, 9), snapshot(0, 16, 32, 0), snapshot(1, 32, 64, 20), snapshot(1, 32, 64, 0)]
-    page = rounds_html(shots, "<seed>")
-    assert re.findall("<b>(.*?)</b>", page) == ["Level 1, start", "Level 1, round 1", "Level 2, start", "Level 2, round 1"]
-    assert "<seed>" not in page and page.count("alt=") == page.count("<img") == 9
-    pictures = [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r'data:image/\w+;base64,([^"]+)"', page)]
-    film, *strip = pictures
-    assert film.format == "GIF" and film.n_frames == 4 and film.size == (520, 128)
-    for shown, shot, tokens in zip(ImageSequence.Iterator(film), shots, strip[1::2], strict=True):
-        assert np.array_equal((np.asarray(tokens) == OPEN).all(2), shot.masked)
-        right = shown.convert("RGB").crop((264, 0, 520, 128)).resize(tokens.size, Image.Resampling.NEAREST)
-        assert np.abs(np.asarray(right).astype(int) - np.asarray(tokens)).max() < 60    # colours of a palette
-
-
 # ---- the command ----
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
-    [("--port 0", "--port"), ("--max-pixels 0", "--max-pixels"), ("--max-megabytes 4", "--max-megabytes"),
-     ("--root-path inpainting", "begin with /"), ("--colour red", "--colour")],
+    [("--port 0", "--port"), ("--max-pixels 0", "--max-pixels"), ("--root-path inpainting", "begin with /")],
 )    # fmt: skip
 def test_flags_that_cannot_work_are_refused(flags, word):
     with pytest.raises(UserError, match=word):

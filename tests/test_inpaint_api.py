@@ -1,24 +1,19 @@
 """The Python call, `MaskGIT.inpaint`: kinds of pictures and masks, what comes back, what is refused."""
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_sets import small_model
 
 from models import MaskGIT
 from models.convert import to_mask
-from utils import load_config
-
-TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.yml"
 
 
 @pytest.fixture(scope="module")
 def model() -> MaskGIT:
-    config = load_config(TINY)
-    torch.manual_seed(0)
-    return MaskGIT(config["vqgan"], config["transformer"]).eval()
+    return small_model(32)
 
 
 def picture(height: int = 32, width: int = 32) -> np.ndarray:
@@ -104,14 +99,11 @@ MASKS = [
     lambda h: h[None],
     lambda h: h.astype(np.uint8),
     lambda h: np.where(h, 200, 100).astype(np.uint8),
-    lambda h: h.astype(np.int64),
     lambda h: h.astype(np.float32),
     lambda h: h.astype(np.uint16) * 65535,
     lambda h: torch.from_numpy(h)[None],
-    lambda h: torch.from_numpy(h).half(),
     lambda h: Image.fromarray(h),
     lambda h: Image.fromarray(h.astype(np.uint8) * 255).convert("RGB"),
-    lambda h: Image.fromarray(h.astype(np.uint8) * 255).convert("P"),
     lambda h: Image.fromarray(h.astype(np.uint16) * 65535),
     lambda h: Image.fromarray(np.dstack([np.zeros((*h.shape, 3)), np.where(h, 0, 255)]).astype(np.uint8)),      # cut out
     lambda h: Image.fromarray(np.dstack([np.where(h, 255, 0)] * 4).astype(np.uint8)),                 # white paint on clear

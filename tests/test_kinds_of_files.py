@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
+from small_sets import save_pixels
 
 from pictures.files import find_images, pair
 from pictures.images import read_image, read_picture, write_completed, write_pixels
@@ -136,7 +137,7 @@ def test_exif_is_kept_but_orientation_and_thumbnail(tmp_path):
     assert before.lost == [] and after.lost == []
 
 
-def test_odd_exif_entries_leave_the_orientation_alone(tmp_path, shared):
+def test_odd_exif_entries_leave_the_orientation_alone(tmp_path):
     """Resolutions of n/0 and 0/0, and data that is no EXIF at all."""
     entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x011A, 5, 1, struct.pack("<I", 38))]
     odd = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(struct.pack("<HHI", *e[:3]) + e[3] for e in entries)
@@ -145,7 +146,6 @@ def test_odd_exif_entries_leave_the_orientation_alone(tmp_path, shared):
         Image.fromarray(noise(height=W, width=H)).save(tmp_path / f"{name}.jpg", exif=b"Exif\0\0" + exif)
         assert read_picture(tmp_path / f"{name}.jpg").pixels.shape[:2] == shape
     assert read_picture(tmp_path / "none.jpg").lost
-    read_picture(shared / "cases/exif_broken/images/neg_over_zero.jpg")
 
 
 @pytest.mark.parametrize("bits, compression", [(1, None), (8, None), (8, "tiff_lzw"), (16, None), (16, "tiff_lzw")])
@@ -177,28 +177,13 @@ def test_what_is_lost_is_said(tmp_path, kind):
     assert np.array_equal(after.pixels[KNOWN], before.pixels[KNOWN])
 
 
-def test_the_shared_pictures_lose_nothing(shared):
-    folder = shared / "cases/picture_loses"
-    for name, path, mask in pair(folder / "images", folder / "masks"):
-        picture = read_picture(path)
-        assert picture.lost == [], name
-        check_hole(read_mask(mask), mask, "black", picture.pixels.shape[:2], name)
-    assert read_picture(folder / "images/rgb16.png").pixels.dtype == np.uint16
-    assert len(read_picture(folder / "images/big_icc.png").extras["icc_profile"]) > 1_000_000
-
-
 # ---- what a mask means ----
-
-
-def save_mask(path: Path, pixels: np.ndarray, **options) -> Path:
-    Image.fromarray(pixels).save(path, **options)
-    return path
 
 
 @pytest.mark.parametrize("low, high, dtype", [(0, 1, np.uint8), (0, 1, np.uint16), (0, 255, np.uint16), (1, 2, np.uint8),
                                               (0, 100, np.uint8), (150, 255, np.uint8), (0, 65535, np.uint16)])
 def test_two_levels_are_black_and_white(tmp_path, capsys, low, high, dtype):
-    path = save_mask(tmp_path / "a.png", np.where(KNOWN, high, low).astype(dtype))
+    path = save_pixels(tmp_path / "a.png", np.where(KNOWN, high, low).astype(dtype))
     assert torch.equal(read_mask(path), HOLE) and torch.equal(read_mask(path, "white"), ~HOLE)
     assert ("levels" in capsys.readouterr().err) == (high != np.iinfo(dtype).max or low > 0)
 
@@ -214,8 +199,8 @@ def test_masks_with_a_palette_and_of_one_bit(tmp_path):
 
 
 def test_nothing_but_the_upper_level_is_white_and_two_whites_are_white(tmp_path):
-    ones = save_mask(tmp_path / "ones.png", np.ones((H, W), np.uint8))
-    whites = save_mask(tmp_path / "whites.png", np.where(KNOWN, 255, 254).astype(np.uint8))
+    ones = save_pixels(tmp_path / "ones.png", np.ones((H, W), np.uint8))
+    whites = save_pixels(tmp_path / "whites.png", np.where(KNOWN, 255, 254).astype(np.uint8))
     assert not read_mask(ones).any() and not read_mask(whites).any()
 
 
@@ -236,45 +221,39 @@ BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
 ])
 def test_the_hole_in_the_alpha_channel(tmp_path, capsys, colour, clear_colour, clear_is_hole, hole_colour):
     clear = ~KNOWN if clear_is_hole else KNOWN
-    path = save_mask(tmp_path / "a.png", rgba(colour, clear_colour, clear))
+    path = save_pixels(tmp_path / "a.png", rgba(colour, clear_colour, clear))
     assert torch.equal(read_mask(path, hole_colour), HOLE)
     assert "alpha" in capsys.readouterr().err
 
 
 def test_a_picture_with_the_hole_cut_out_and_a_mask_on_clear(tmp_path):
     cut = np.concatenate([noise(), np.where(KNOWN, 255, 0)[..., None].astype(np.uint8)], axis=2)
-    assert torch.equal(read_mask(save_mask(tmp_path / "cut.png", cut)), HOLE)
+    assert torch.equal(read_mask(save_pixels(tmp_path / "cut.png", cut)), HOLE)
     gray = np.where(KNOWN, 255, 0).astype(np.uint8)
     alpha = np.full((H, W), 255, np.uint8)
     alpha[:, 12:] = 0    # nothing was said of the right side
-    mask = save_mask(tmp_path / "mask.png", np.stack([gray, gray, gray, alpha], axis=2))
+    mask = save_pixels(tmp_path / "mask.png", np.stack([gray, gray, gray, alpha], axis=2))
     assert torch.equal(read_mask(mask), HOLE)
-    opaque = save_mask(tmp_path / "opaque.png", np.stack([gray, gray, gray, np.full_like(alpha, 255)], axis=2))
+    opaque = save_pixels(tmp_path / "opaque.png", np.stack([gray, gray, gray, np.full_like(alpha, 255)], axis=2))
     assert torch.equal(read_mask(opaque), HOLE)
 
 
 def test_a_photograph_is_no_mask(tmp_path):
     with pytest.raises(UserError, match="photograph.*swapped"):
-        read_mask(save_mask(tmp_path / "a.png", noise(height=64, width=64)))
+        read_mask(save_pixels(tmp_path / "a.png", noise(height=64, width=64)))
     soft = Image.fromarray(np.where(KNOWN, 255, 0).astype(np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
     soft.save(tmp_path / "soft.jpg", quality=60)
     assert 0.05 < read_mask(tmp_path / "soft.jpg").float().mean() < 0.2
 
 
 def test_a_very_large_hole_is_told(tmp_path, capsys):
-    path = Path(save_mask(tmp_path / "a.png", np.where(KNOWN, 0, 255).astype(np.uint8)))
+    path = Path(save_pixels(tmp_path / "a.png", np.where(KNOWN, 0, 255).astype(np.uint8)))
     check_hole(read_mask(path), path, "black", (H, W), "a.png")
     assert "--mask-hole white" in capsys.readouterr().err
     check_hole(read_mask(path, "white"), path, "white", (H, W), "a.png")
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="whole picture.*--mask-hole white"):
         check_hole(HOLE | True, path, "black", (H, W), "a.png")
-
-
-def test_the_shared_masks(shared):
-    for kind in ("mask_alpha", "mask_scale"):
-        for path in find_images(shared / "cases" / kind / "masks").values():
-            assert read_mask(path).sum() == 946, path
 
 
 # ---- which files are pictures, and which belong together ----
