@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import random
@@ -86,35 +87,19 @@ def kill_while_saving(moment: str, call: int):
     """For `before`: SIGKILL in the n-th save: in the middle of the file, before it is renamed, or between two renames."""
 
     def patch() -> None:
-        calls = []
+        module, name = (torch, "save") if moment == "half" else (os, "replace")
+        real, calls, awaited = getattr(module, name), itertools.count(1), {"rename": "next.pt", "between": "last.pt"}
 
-        def die(*args):
-            os.kill(os.getpid(), signal.SIGKILL)
+        def watched(what, target):
+            if (moment == "half" or Path(target).name == awaited[moment]) and next(calls) == call:
+                if moment == "half":
+                    content = saved(what)
+                    target.write(content[: len(content) // 2])
+                    target.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(what, target)
 
-        if moment == "half":
-            real_save = torch.save
-
-            def save(state, file):
-                calls.append(1)
-                if len(calls) == call:
-                    content = saved(state)
-                    file.write(content[: len(content) // 2])
-                    file.flush()
-                    die()
-                real_save(state, file)
-
-            torch.save = save
-        else:
-            real_replace = os.replace
-
-            def replace(source, target):
-                if Path(target).name == ("next.pt" if moment == "rename" else "last.pt"):
-                    calls.append(1)
-                    if len(calls) == call:
-                        die()
-                real_replace(source, target)
-
-            os.replace = replace
+        setattr(module, name, watched)
 
     return patch
 
@@ -148,7 +133,7 @@ def saved(value) -> bytes:
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(whole, setting, tmp_path):
-    """As --resume of both stages, and as --vqgan of stage 2."""
+    """As --resume of both stages, and as --vqgan of stage 2. No code in them is run."""
     stage, folder = whole
     state, kind = checkpoint(folder, stage), KINDS[stage]
     good = (folder / "last.pt").read_bytes()
@@ -166,9 +151,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(whole, setting, tmp_path):
         child = run(stage, setting.argv(stage, tmp_path / "a", "--resume", str(tmp_path / "bad.pt")))
         assert child.code == 2 and len(child.errors) == 1, (name, child.text[-1500:])
         if stage == "vqgan" and name not in ("no optimizer", "other shapes", "words for numbers"):
-            argv = setting.argv("transformer", tmp_path / "b")
-            argv[argv.index("--vqgan") + 1] = str(tmp_path / "bad.pt")
-            child = run("transformer", argv)
+            child = run("transformer", setting.argv("transformer", tmp_path / "b", "--vqgan", str(tmp_path / "bad.pt")))
             assert child.code == 2 and len(child.errors) == 1, (name, child.text[-1500:])
     assert set(Path.cwd().iterdir()) == before, "code from a file was run"
 
@@ -333,9 +316,8 @@ def test_pictures_of_every_size_suffix_and_folder_are_trained_on(setting, tmp_pa
     Image.new("RGB", (300, 7)).save(folder / "more" / "deeper" / "long.webp")
     write_pictures(folder / "val", 3, seed=1)    # validation pictures and the run's own grids are none of them
     for stage in ("vqgan", "transformer"):
-        argv = setting.argv(stage, folder / stage, "--epochs", "1", train=folder)
-        argv[argv.index("--val-dir") + 1] = str(folder / "val")
-        succeed(stage, argv)
+        flags = ["--epochs", "1", "--val-dir", str(folder / "val")]
+        succeed(stage, setting.argv(stage, folder / stage, *flags, train=folder))
         shutil.move(folder / stage, tmp_path / stage)
         assert checkpoint(tmp_path / stage, stage)["input"]["training pictures"].startswith("10 ")
         assert checkpoint(tmp_path / stage, stage)["input"]["validation pictures"].startswith("3 ")
