@@ -1,4 +1,4 @@
-"""Training checkpoints: whole or not at all, never code; which one a run continues from; its log; stop requests."""
+"""Training checkpoints: whole or not at all; which one a run continues from; its log; stop requests."""
 
 import json
 import os

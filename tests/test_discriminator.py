@@ -1,4 +1,4 @@
-"""models/discriminator.py: what a score can see, and the losses' closed forms."""
+"""models/discriminator.py: which scores count, and the losses' closed forms."""
 
 import pytest
 import torch

@@ -42,24 +42,12 @@ def test_weights_are_off_by_half_a_step_at_most(shape):
     assert bool((off <= 0.5 + 1e-4).all())
 
 
-def test_rows_of_zeros_stay_zero():
-    weight = weights((6, 8)) + 1
-    weight[2] = 0
-    weight[3] = 1e-12    # rounds to 0
-    values, scale = quantize(weight)
-    assert (scale == 0).tolist() == [False, False, True, True, False, False]
-    assert not bool(values[2:4].any()) and not bool(dequantize(values, scale)[2:4].any())
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e8])
 def test_refuses_what_8_bits_can_not_hold(bad):
     weight = torch.ones(3, 4)
     weight[1, 2] = bad
     with pytest.raises(ValueError, match="8 bits"):
         quantize(weight)
-
-
-# ---- the tensors of a file ----
 
 
 # ---- files ----

@@ -1,4 +1,4 @@
-"""models/transformer.py: size of the reference setting, tied output, equivariance, both norms."""
+"""models/transformer.py: size of the reference setting, formulas, both norms."""
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small_sets import rng
 from torch import nn
 
 from models.attention import count_parameters
@@ -16,16 +17,12 @@ SMALL_REFERENCE = dict(image_size=32, codebook_size=64, encoder="reference", enc
                        attention_size=16)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def vqgan(**options) -> VQGAN:
     torch.manual_seed(0)
     model = VQGAN(VQGANConfig(**options)).eval()
     for layer in getattr(model.decoder, "stages", nn.ModuleList()).modules():    # blocks start as identities: wake them
         if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5, generator=generator(1))
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5, generator=rng(1))
     return model
 
 
@@ -41,7 +38,7 @@ def default() -> VQGAN:
 
 
 def pictures(count: int, size: int = 64, seed: int = 2) -> torch.Tensor:
-    return 2 * torch.rand(count, 3, size, size, generator=generator(seed)) - 1
+    return 2 * torch.rand(count, 3, size, size, generator=rng(seed)) - 1
 
 
 def touched(hole: torch.Tensor, stride: int) -> torch.Tensor:
@@ -105,7 +102,7 @@ def test_every_pixel_of_a_patch_counts(default):
 
 
 def test_visible_tokens_of_a_masked_picture_are_the_whole_pictures(default):
-    image, hole = pictures(6), random_holes(6, 64, generator(3))
+    image, hole = pictures(6), random_holes(6, 64, rng(3))
     visible = ~touched(hole, 4)
     assert 0 < visible.sum() < visible.numel()
     tokens, latents = default.encode(image).view(6, 16, 16), default.encoder(image).permute(0, 2, 3, 1)
@@ -130,8 +127,8 @@ def test_tokens_do_not_depend_on_the_callers_precision_or_batch(options):
 # ---- decoder ----
 
 def test_decoder_ignores_what_the_picture_holds_inside_the_hole(default):
-    tokens = torch.randint(1024, (2, 256), generator=generator(4))
-    image, hole = pictures(2), random_holes(2, 64, generator(5))
+    tokens = torch.randint(1024, (2, 256), generator=rng(4))
+    image, hole = pictures(2), random_holes(2, 64, rng(5))
     expected = default.decode(tokens, image, hole.float())
     assert expected.isfinite().all()
     for filling in (0.0, -1.0, 1e6, float("nan")):
@@ -140,8 +137,8 @@ def test_decoder_ignores_what_the_picture_holds_inside_the_hole(default):
 
 
 def test_decoder_uses_known_pixels_the_mask_and_the_codes(default):
-    tokens = torch.randint(1024, (2, 256), generator=generator(4))
-    image, hole = pictures(2), random_holes(2, 64, generator(5)).float()
+    tokens = torch.randint(1024, (2, 256), generator=rng(4))
+    image, hole = pictures(2), random_holes(2, 64, rng(5)).float()
     before = default.decode(tokens, image, hole)
     assert not torch.allclose(default.decode(tokens, -image, hole), before, atol=1e-3)
     assert not torch.allclose(default.decode(tokens.flip(1), image, hole), before, atol=1e-3)
@@ -151,8 +148,8 @@ def test_decoder_uses_known_pixels_the_mask_and_the_codes(default):
 
 
 def test_every_scale_sees_the_known_pixels(default):
-    tokens = torch.randint(1024, (1, 256), generator=generator(4))
-    image, hole = pictures(1), random_holes(1, 64, generator(5)).float()
+    tokens = torch.randint(1024, (1, 256), generator=rng(4))
+    image, hole = pictures(1), random_holes(1, 64, rng(5)).float()
     before = default.decode(tokens, image, hole)
     for scale in default.decoder.condition:
         weight = scale.weight.data.clone()
@@ -162,7 +159,7 @@ def test_every_scale_sees_the_known_pixels(default):
 
 
 def test_without_known_pixels_it_is_a_plain_decoder(default):
-    tokens = torch.randint(1024, (2, 256), generator=generator(4))
+    tokens = torch.randint(1024, (2, 256), generator=rng(4))
     plain = default.decode(tokens)
     assert torch.equal(plain, default.decode(tokens, pictures(2), torch.ones(2, 1, 64, 64)))
     image = pictures(2)
@@ -175,14 +172,14 @@ def test_without_known_pixels_it_is_a_plain_decoder(default):
 
 def test_reference_decoder_has_no_use_for_known_pixels():
     model = small(**SMALL_REFERENCE)
-    tokens = torch.randint(64, (2, 64), generator=generator(4))
+    tokens = torch.randint(64, (2, 64), generator=rng(4))
     assert torch.equal(model.decode(tokens, pictures(2, 32), torch.zeros(2, 1, 32, 32)), model.decode(tokens))
 
 
 @pytest.mark.parametrize("options", [{}, SMALL_REFERENCE])
 def test_training_pass_is_encode_then_decode(options):
     model, image = small(**options), pictures(2, 32)
-    hole = random_holes(2, 32, generator(6)).float()
+    hole = random_holes(2, 32, rng(6)).float()
     output, quantized = model(image, hole)
     assert torch.equal(quantized.indices.flatten(1), model.encode(image))
     torch.testing.assert_close(output, model.decode(model.encode(image), image, hole), rtol=1e-4, atol=1e-5)
@@ -204,7 +201,7 @@ def test_reconstruction_trains_encoder_and_decoder_and_the_loss_the_codebook(opt
 
 def test_sampling_layers():
     """Against the same convolution without the padding or the enlarging."""
-    x = torch.randn(1, 4, 6, 6, generator=generator())
+    x = torch.randn(1, 4, 6, 6, generator=rng())
     down, up = Downsample(4), Upsample(4)
     padded = torch.zeros(1, 4, 7, 7)
     padded[..., :6, :6] = x
