@@ -30,9 +30,9 @@ def save_pixels(path: Path, pixels: np.ndarray, **options) -> Path:
     return path
 
 
-def small_model(size: int = 16, vqgan: dict | None = None, **transformer) -> MaskGIT:
+def small_model(size: int = 16, vqgan: dict | None = None, seed: int = 0, **transformer) -> MaskGIT:
     """Random weights, pictures of size x size, tokens of 4x4 pixels; any setting can be given."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     codes = dict(image_size=size, codebook_size=32, codebook_dim=4, encoder_width=16, encoder_depth=1,
                  decoder_channels=[16, 8, 8], decoder_blocks=[1, 1, 1]) | (vqgan or {})    # fmt: skip
     tokens = dict(codebook_size=codes["codebook_size"], seq_len=(size // 4) ** 2, embed_dim=16, depth=1, num_heads=2,

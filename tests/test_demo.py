@@ -1,5 +1,4 @@
 """What the demo does behind the page: reading, painting, completing, refusing. The page itself: tests/browser."""
-import asyncio
 import os
 import subprocess
 import sys
@@ -227,15 +226,9 @@ def test_flags_that_cannot_work_are_refused(flags, word):
         main(flags.split())
 
 
-def test_a_missing_checkpoint_is_one_sentence():
+def test_another_host_than_loopback_is_explained_and_a_missing_checkpoint_refused(capsys):
     pytest.importorskip("gradio")
-    with pytest.raises(ValueError, match="nowhere.safetensors not found"):
-        main(["--checkpoint", "nowhere.safetensors"])
-
-
-def test_another_host_than_loopback_is_explained(capsys):
-    pytest.importorskip("gradio")
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(ValueError, match="nowhere.safetensors"):
         main(["--checkpoint", "nowhere.safetensors", "--host", "0.0.0.0"])
     assert "--host 0.0.0.0" in capsys.readouterr().err
 
@@ -248,33 +241,3 @@ def test_without_gradio_it_says_how_to_get_it(tmp_path):
         command = [sys.executable, "-m", "demo", *flags]
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert run.returncode == code and word in run.stdout + run.stderr and "Traceback" not in run.stderr
-
-
-# ---- nothing from elsewhere ----
-
-
-def ask(path: str) -> tuple[int, dict, bytes]:
-    """Status, headers and body of a request's answer, in front of an app that answers 200."""
-    OnlyFromHere = pytest.importorskip("demo.server", reason="needs gradio").OnlyFromHere
-    sent = []
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"y")]})
-        await send({"type": "http.response.body", "body": b"from the app"})
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(OnlyFromHere(app)({"type": "http", "path": path}, None, send))
-    return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
-
-
-@pytest.mark.parametrize(
-    ("path", "status"),
-    [("/", 200), ("/gradio_api/file=/tmp/x/image.png", 200), ("/gradio_api/file=http://a.b/c", 403),
-     ("/file=https://a.b", 403), ("/gradio_api/proxy=https://a.b/x", 403)],
-)    # fmt: skip
-def test_addresses_are_not_fetched_and_the_browser_loads_nothing_from_elsewhere(path, status):
-    answered, headers, body = ask(path)
-    assert answered == status and (body == b"from the app") == (status == 200)
-    assert headers[b"content-security-policy"].startswith(b"default-src 'self' ")

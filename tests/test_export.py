@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_sets import small_model
 
 from models import MaskGIT
 from tools import export
@@ -15,16 +16,12 @@ from training.checkpoints import save_checkpoint
 from training.weights import tokenizer_difference
 
 SIZE, K = 16, 32
-VQGAN = dict(image_size=SIZE, codebook_size=K, codebook_dim=4, encoder_width=16, encoder_depth=1,
-             decoder_channels=[32, 16, 8], decoder_blocks=[1, 1, 1])    # fmt: skip
-TRANSFORMER = dict(codebook_size=K, seq_len=16, embed_dim=48, depth=2, num_heads=2, mlp_dim=96, pixel_dim=64, pre_norm=True,
-                   qk_norm=True)    # fmt: skip
 
 
 def lively(seed: int = 0, vqgan: dict | None = None, **transformer) -> MaskGIT:
     """A model of large random weights, so that everything that can have an effect has a visible one."""
-    torch.manual_seed(seed)
-    model = MaskGIT(VQGAN | (vqgan or {}), TRANSFORMER | transformer).eval()
+    codes = dict(decoder_channels=[32, 16, 8]) | (vqgan or {})
+    model = small_model(SIZE, codes, seed, **dict(embed_dim=48, depth=2, mlp_dim=96) | transformer)
     for parameter in [*model.transformer.parameters(), *model.vqgan.decoder.parameters()]:
         torch.nn.init.normal_(parameter, std=0.1)
     return model
