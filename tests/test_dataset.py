@@ -114,6 +114,14 @@ def test_flat_pictures_are_duplicates_only_if_equal(tmp_path):
     assert sorted([p.file.stem for p in group.pictures] for group in groups) == [["a", "b"], ["c"], ["d"]]
 
 
+def test_two_pictures_that_are_like_a_third_are_of_one_group():
+    one, other = np.random.default_rng(0).standard_normal((2, 16, 16)).astype(np.float32)
+    thumbs = {"a": one, "b": other, "c": one + other}    # a and b are not alike
+    pictures = [duplicates.Fingerprint(Path(), Path(name), name, x / np.linalg.norm(x)) for name, x in thumbs.items()]
+    (group,) = duplicates.group_duplicates(pictures, 0.6)
+    assert len(group.pictures) == 3
+
+
 def test_the_real_split_has_no_leak(shared):
     folder = shared / "data" / "catface64"
     assert dataset.main(["check", *(str(folder / name) for name in ("train", "val", "test/image"))]) == 0

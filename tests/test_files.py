@@ -1,6 +1,7 @@
 """Models saved and loaded: single files, folders of the hub's layout, the bundled weights, and what is refused."""
 
 import json
+import os
 import socket
 
 import pytest
@@ -153,3 +154,13 @@ def test_a_folder_that_can_not_be_made_is_refused(model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ModelFileError, match="can't write"):
         model.save_pretrained(tmp_path / "file/cat")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(model, tmp_path, monkeypatch):
+    path = tmp_path / "cat.safetensors"
+    model.save_file(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ModelFileError, match="No space left"):
+        model.save_file(path, torch.float32)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

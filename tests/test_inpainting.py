@@ -110,6 +110,11 @@ def test_no_paste_writes_the_whole_decode(checkpoint, folders):
         assert not torch.equal(pasted[name][~hole], whole[name][~hole])
 
 
+def test_half_precision_completes_otherwise(checkpoint, folders):
+    full, half = run(checkpoint, folders, out="a"), run(checkpoint, folders, "--precision", "bf16", out="b")
+    assert not any(torch.equal(full[name], half[name]) for name in full)
+
+
 def test_compiled_blocks_complete_alike(checkpoint, folders, traced):
     plain, fast = run(checkpoint, folders), run(checkpoint, folders, "--compile", out="fast")
     assert sum(isinstance(part, Block) for part in traced) == 2

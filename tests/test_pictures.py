@@ -157,6 +157,8 @@ def test_write_image_reads_back_and_leaves_nothing_else(tmp_path):
     write_image(path, image)
     write_image(path, image.flip(-1))    # replaces
     assert torch.equal(read_image(path), image.flip(-1))
+    with pytest.raises(UserError, match="a.jpg"):
+        write_image(path.with_suffix(".jpg"), image)
     assert list(path.parent.iterdir()) == [path]
 
 
