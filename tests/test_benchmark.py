@@ -6,18 +6,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models import MaskGIT
 from tools import benchmark
-from tools.benchmark import timing
+from tools.benchmark import timing, training
 from utils import UserError
 
-CPU = torch.device("cpu")
 
-
-@pytest.fixture(scope="module")
-def models() -> tuple[MaskGIT, MaskGIT]:
+def test_operations_are_counted_by_their_closed_form():
     args = SimpleNamespace(quick=True, checkpoint=None, reference_checkpoint=None)
-    return timing.load_models(args, CPU)
+    _, model = timing.load_models(args, torch.device("cpu"))
+    c, B = model.transformer.config, 2
+    tokens = torch.zeros(B, c.seq_len, dtype=torch.long)
+    with torch.no_grad():
+        counted = training.count_flops(lambda: model.transformer(tokens), model)
+    N, D = c.seq_len, c.embed_dim
+    block = 4 * N * D * D + 2 * N * N * D + 2 * N * D * c.mlp_dim
+    assert counted == 2 * B * (c.depth * block + N * D * D + N * D * c.codebook_size)
+    assert all(layer.attention.fused for layer in model.transformer.blocks)    # as it was
 
 
 @pytest.mark.parametrize("what, flags", [("inpaint", ["--compile"]), ("train", []), ("photos", [])])

@@ -16,6 +16,15 @@ def noise(size: int = 64) -> torch.Tensor:
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("strided", [1, 2, 3])
+def test_scores_and_features(strided):
+    scores, features = discriminator(strided=strided)(noise())
+    assert scores.shape == (1, 1, 64 // 2**strided, 64 // 2**strided)
+    assert [f.shape[1] for f in features] == [8 * 2**i for i in range(strided + 1)]
+    assert [f.shape[2] for f in features] == [64 // 2 ** min(i, strided) for i in range(1, strided + 2)]
+    assert not scores.allclose(scores.mean())
+
+
 def maps() -> list[torch.Tensor]:
     """Feature maps of two pictures, each position of unit length."""
     generator = torch.Generator().manual_seed(2)

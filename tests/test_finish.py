@@ -170,6 +170,13 @@ def test_each_term_has_a_weight_of_its_own(runs, tmp_path):
     assert other["loss"] == pytest.approx(sum(other[name] for name in names), rel=1e-4)
 
 
+def test_a_second_network_teaches_the_decoder(runs, tmp_path):
+    """There is nothing else to learn from."""
+    finish(runs, tmp_path / "out", "--epochs", "2", *second(runs), "--set", *(f"train_finish.{name}=0" for name in TERMS))
+    lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
+    assert len(lines) == 2 and all(line["gradient_norm"] > 0 for line in lines)
+
+
 def test_the_first_network_looks_at_the_hole_and_the_second_at_the_whole_picture(runs, monkeypatch):
     """With networks that see the pixels as they are, in a hole of a quarter: one mean is four times the other."""
     monkeypatch.setattr(finish_losses, "adversarial_terms", lambda *_: {})

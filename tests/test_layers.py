@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from small_sets import small_model
 from torch import nn
 
 from models.attention import LEVELS, Dropout, MultiHeadAttention, dropout, use_fused_attention
+from models.discriminator import PatchDiscriminator
 from models.norms import ChannelNorm, GroupNorm, HeadNorm, LayerNorm
 from models.vqgan import VQGAN, VQGANConfig
 
@@ -145,6 +147,10 @@ def test_values_are_zero_or_scaled_and_gradients_alike(make, dtype):
 # ---- norms ----
 
 
+REFERENCE = dict(encoder="reference", encoder_channels=[16, 16, 24], encoder_down=[0, 1], decoder="reference",
+                 decoder_channels=[24, 16, 16], decoder_up=[0, 1], attention_size=16)    # fmt: skip
+
+
 def errors(model: nn.Module, loss, parameters) -> list[float]:
     """Relative errors of gradients under autocast."""
     gradients = []
@@ -174,6 +180,13 @@ def test_gradients_of_the_decoders_norms():
     parameters = [p for m in model.decoder.modules() if isinstance(m, ChannelNorm) for p in m.parameters()]
     assert len(parameters) == 8
     assert max(errors(model, lambda m: (m.decode(tokens) - image).abs().mean(), parameters)) < 0.05
+
+
+@pytest.mark.parametrize("vqgan", [{}, REFERENCE])
+def test_every_norm_of_the_networks_is_one_of_these(vqgan):
+    networks = [small_model(vqgan=vqgan, qk_norm=not vqgan, pre_norm=not vqgan), PatchDiscriminator()]
+    norms = [m for network in networks for m in network.modules() if "Norm" in type(m).__name__]
+    assert norms and all(isinstance(m, LayerNorm | GroupNorm | HeadNorm) for m in norms)
 
 
 def test_in_float32_they_are_pytorchs_layers():

@@ -6,7 +6,7 @@ from small_sets import rng
 from torch import nn
 
 from models.attention import count_parameters
-from models.autoencoder import Downsample, Upsample
+from models.autoencoder import Downsample, SpatialAttention, Upsample
 from models.vqgan import VQGAN, VQGANConfig
 from pictures.holes import random_holes
 
@@ -198,6 +198,16 @@ def test_reconstruction_trains_encoder_and_decoder_and_the_loss_the_codebook(opt
 
 
 # ---- parts ----
+
+def test_spatial_attention_is_permutation_equivariant_and_global():
+    torch.manual_seed(0)
+    attention, x = SpatialAttention(8), torch.randn(1, 8, 3, 4, generator=rng())
+    order = torch.randperm(12, generator=rng())
+    shuffled = x.flatten(2)[..., order].view_as(x)
+    torch.testing.assert_close(attention(shuffled).flatten(2), attention(x).flatten(2)[..., order], rtol=1e-4, atol=1e-5)
+    x.requires_grad_()
+    assert torch.autograd.grad(attention(x)[0, :, 0, 0].sum(), x)[0].abs().sum(1).gt(0).all()
+
 
 def test_sampling_layers():
     """Against the same convolution without the padding or the enlarging."""
