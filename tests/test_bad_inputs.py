@@ -8,18 +8,14 @@ import io
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from tiny_runs import CONFIG, make_setting, write_pictures
 
 import evaluate
 import inpainting
@@ -28,29 +24,12 @@ import training.transformer
 import training.vqgan
 import training_transformer
 import training_vqgan
-from models.maskgit import MaskGIT
 from utils import load_config, run_cli
 
 MAINS = {
     "vqgan": training_vqgan.main, "transformer": training_transformer.main, "inpainting": inpainting.main,
     "evaluate": evaluate.main,
 }    # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    root = tmp_path_factory.mktemp("setting")
-    setting = make_setting(root)
-    config = yaml.safe_load(CONFIG.replace("1e-3", "1.0e-3"))
-    torch.manual_seed(0)
-    MaskGIT(config["vqgan"], config["transformer"]).save_file(root / "model.safetensors")
-    write_pictures(root / "images", 3)
-    (root / "masks").mkdir()
-    for i in range(3):
-        mask = np.full((16, 16), 255, np.uint8)
-        mask[4:9, 3:8] = 0
-        Image.fromarray(mask).save(root / "masks" / f"{i:03d}.png")
-    return setting
 
 
 @pytest.fixture(autouse=True)
@@ -152,37 +131,36 @@ def flags_of(script: str) -> list[str]:
     return sorted(set(re.findall(r"(--[a-z-]+) [A-Z{]", text.getvalue())))
 
 
-def argv_of(script: str, setting, folder: Path) -> list[str]:
-    """Flags that work."""
-    root = setting.root
-    pictures = ["--images", f"{root}/images", "--masks", f"{root}/masks", "--output", f"{folder}/out"]
+@pytest.fixture
+def working(setting, small_set, tmp_path) -> dict[str, list[str]]:
+    """Flags that work, by script."""
+    pictures, masks = str(small_set / "originals"), ["--masks", str(small_set / "masks"), "--device", "cpu"]
+    model = ["--checkpoint", str(small_set / "model.safetensors"), "--total-iter", "1", "--output", "out"]
     return {
-        "vqgan": setting.argv("vqgan", folder / "out"),
-        "transformer": setting.argv("transformer", folder / "out", "--token-cache", f"{folder}/tokens"),
-        "inpainting": [*pictures, "--checkpoint", f"{root}/model.safetensors", "--device", "cpu", "--total-iter", "1"],
-        "evaluate": ["--predicted", f"{root}/images", "--ground-truth", f"{root}/images", "--masks", f"{root}/masks",
-                     "--features", "none", "--device", "cpu"],
-    }[script]    # fmt: skip
+        "vqgan": setting.argv("vqgan", tmp_path / "out"),
+        "transformer": setting.argv("transformer", tmp_path / "out", "--token-cache", "tokens"),
+        "inpainting": ["--images", pictures, *masks, *model],
+        "evaluate": ["--predicted", pictures, "--ground-truth", pictures, *masks, "--features", "none"],
+    }
 
 
 @pytest.mark.parametrize(
     "script, examples, least",
     [("vqgan", 60, 25), ("transformer", 40, 15), ("inpainting", 50, 20), ("evaluate", 20, 8)],
 )
-def test_flags(setting, tmp_path, script, examples, least):
-    assert not refused(script, argv_of(script, setting, tmp_path))
+def test_flags(working, script, examples, least):
+    argv = working[script]
+    assert not refused(script, argv)
     known = st.tuples(st.sampled_from(flags_of(script)), JUNK)
     unknown = TEXT.map(lambda text: (f"--{text}x", "1"))
     case = st.one_of(known, known, known, unknown)
-    argv = argv_of(script, setting, tmp_path)
     assert count_refused(case, examples, lambda pair: refused(script, argv + list(pair))) >= least
 
 
 @pytest.mark.parametrize("script", sorted(MAINS))
-def test_flags_left_out(setting, tmp_path, script):
+def test_flags_left_out(working, script):
     """Every flag of a training is needed but --device and --token-cache; the others say themselves what they need."""
-    argv = argv_of(script, setting, tmp_path)
-    needed = 0
+    argv, needed = working[script], 0
     for i in range(0, len(argv), 2):
         if argv[i] not in ("--output", "--config"):    # whose default would be written to, or is a long training's
             needed += refused(script, argv[:i] + argv[i + 2 :])

@@ -12,7 +12,6 @@ from tiny_runs import (
     STEPS,
     checkpoint,
     kill_at,
-    make_setting,
     metrics,
     run,
     run_group,
@@ -25,11 +24,6 @@ import training.vqgan
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    return make_setting(tmp_path_factory.mktemp("setting"))
 
 
 @pytest.fixture
