@@ -41,7 +41,7 @@ class Options:
         total_iter: T, rounds of the schedule. None: as many as the picture needs; for 'reference' 10.
         sweet_spot: stop after this round, 1..T; the schedule still follows T. None runs them all.
         max_iter: without `total_iter`, the last round, which accepts everything.
-        entropy_budget: without `total_iter`, nats a round and window.
+        entropy_budget: without `total_iter`, nats a round and window; three times as much where a window has a guess.
         decoder: 'maskgit' samples tokens and ranks them by log-probability + noise; 'halton' samples and goes through the
             hole in a low-discrepancy order (Besnier et al. 2025, https://arxiv.org/abs/2503.17076); 'reference' takes the
             likeliest token and ranks by probability + noise, with progress counted from 0.
@@ -98,7 +98,7 @@ def iterative_decode(
     mask_token_id: int,
     generators: Sequence[torch.Generator],
     lengths: Sequence[int] | None = None,
-    windows: Sequence[int] | None = None,
+    scale: Sequence[int] | None = None,
     order: Tensor | None = None,
     on_round: Callable[[int], None] | None = None,
     **options: Any,
@@ -111,7 +111,7 @@ def iterative_decode(
         tokens_to_logits: (B, N) tokens -> (M, K) logits of those that are `mask_token_id`, row by row.
         generators: one for each row, so that a row's result doesn't depend on its neighbours in the batch.
         lengths: (B,) tokens of each row that are its own; the others fill it up. Default: N.
-        windows: (B,) windows that a row's tokens stand for. Default: 1.
+        scale: (B,) factor of each row's entropy budget. Default: 1.
         order: (B, N) when the halton decoder comes to each token. Default: that of a square grid.
         on_round: called with the number of each finished round, from 1.
         options: see `Options`.
@@ -127,7 +127,7 @@ def iterative_decode(
     if o.decoder == "halton" and order is None:
         order = halton_order(N).to(tokens.device).expand(B, N)
     plan = _plan(o, token_mask.sum(1)) if o.planned else None                              # (B, T)
-    budget = o.entropy_budget * torch.tensor(windows or [1] * B, device=tokens.device)     # (B,)
+    budget = o.entropy_budget * torch.tensor(scale or [1] * B, device=tokens.device)     # (B,)
     masked, rounds = token_mask, []
     for t, noise in enumerate(_noise(generators, o.rounds, lengths or [N] * B, N).to(tokens.device), 1):
         positions = masked_positions(masked)                                               # (M,)

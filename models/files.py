@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -248,7 +249,8 @@ def write_weights(path: str | Path, state: dict[str, Tensor], configs: dict[str,
 @contextlib.contextmanager
 def renamed(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; flushed and renamed when the block ends, removed when it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own for each thread, and a short one: the file's own may be as long as the system allows.
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
     with saving(path):
         try:
             yield temporary

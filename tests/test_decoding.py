@@ -151,7 +151,7 @@ def by_need(*holes: int, budget: float, table=flat, **options) -> list[list[int]
 def test_a_round_accepts_what_the_budget_pays_for(decoder):
     ten = 10 * math.log(K) + 0.01
     assert by_need(25, 5, 10, 0, budget=ten, decoder=decoder) == [[15, 5, 0], [0] * 3, [0] * 3, [0] * 3]
-    assert by_need(25, budget=ten, windows=[2], decoder=decoder) == [[5, 0]]
+    assert by_need(25, budget=ten, scale=[2], decoder=decoder) == [[5, 0]]
     assert by_need(25, budget=1e6, decoder=decoder) == [[0]]
 
 

@@ -156,6 +156,12 @@ def test_a_folder_that_can_not_be_made_is_refused(model, tmp_path):
         model.save_pretrained(tmp_path / "file/cat")
 
 
+def test_a_name_may_be_as_long_as_the_system_allows(model, tmp_path):
+    path = tmp_path / ("n" * 243 + ".safetensors")
+    model.save_file(path)
+    assert MaskGIT.from_pretrained(path).configs() == model.configs() and [*tmp_path.iterdir()] == [path]
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(model, tmp_path, monkeypatch):
     path = tmp_path / "cat.safetensors"
     model.save_file(path)
