@@ -45,7 +45,8 @@ class Options:
         decoder: 'maskgit' samples tokens and ranks them by log-probability + noise; 'halton' samples and goes through the
             hole in a low-discrepancy order (Besnier et al. 2025, https://arxiv.org/abs/2503.17076); 'reference' takes the
             likeliest token and ranks by probability + noise, with progress counted from 0.
-        temperature: divides the logits before sampling; 0 takes the likeliest token. Not used by 'reference'.
+        temperature: divides the logits before sampling; 0 takes the likeliest token. Not used by 'reference'. A model's
+            own (`TransformerConfig.temperature`) multiplies it.
         choice_temperature: scale of the Gumbel noise in the ranking; falls to 0 over the rounds.
     Raises:
         ValueError: an option makes no sense.

@@ -199,6 +199,7 @@ class MaskGIT(nn.Module, ModelFiles):
     def complete_tokens(self, known: Known, seeds: Sequence[int], **options: Any) -> list[Round]:
         """The rounds of `complete` without the pictures; any of them can be decoded later."""
         first = [known.context]
+        options["temperature"] = options.get("temperature", 1.0) * self.transformer.config.temperature
 
         def logits(tokens: Tensor) -> Tensor:
             features = first.pop() if first else None                       # the first round sees what the context saw

@@ -31,6 +31,8 @@ class TransformerConfig:
     pre_norm: bool = False              # normalise before each sub-layer (Xiong et al. 2020) instead of after it
     qk_norm: bool = False               # RMS-normalise queries and keys
     pixel_dim: Annotated[int, Field(ge=0)] = 0    # numbers per token of its own pixels and hole; 0: tokens only
+    # What a temperature of 1 stands for when tokens are sampled: below 1 safer. Chosen after the training, see tools.export.
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads != 0:

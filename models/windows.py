@@ -173,6 +173,7 @@ class WindowedModel:
 
     def complete(self, generators: Sequence[torch.Generator], **options: Any) -> tuple[list[Round], Known]:
         """All rounds, without the pictures; options as in `models.decoding.iterative_decode`."""
+        options["temperature"] = options.get("temperature", 1.0) * self.model.transformer.config.temperature
         known = self.known()
         rounds = 0
 

@@ -55,6 +55,19 @@ def written(parts: Path, output: Path, *flags: str) -> MaskGIT:
     return MaskGIT.from_pretrained(output)
 
 
+def test_a_temperature_of_1_stands_for_the_models_own(parts, tmp_path):
+    plain, safer = (written(parts, tmp_path / f"{x}.safetensors", *flags) for x, flags in
+                    (("a", ()), ("b", ("--temperature", "0.5"))))    # fmt: skip
+    picture, hole = np.full((SIZE, SIZE, 3), 90, np.uint8), np.ones((SIZE, SIZE), bool)
+    hole[:4] = False
+    made = {(name, heat): model.inpaint(picture, hole, temperature=heat, total_iter=2)
+            for name, model in (("plain", plain), ("safer", safer)) for heat in (0.5, 1.0)}    # fmt: skip
+    assert np.array_equal(made["safer", 1.0], made["plain", 0.5])
+    assert not np.array_equal(made["safer", 1.0], made["plain", 1.0])
+    with pytest.raises(ValueError, match="--temperature"):
+        written(parts, tmp_path / "c.safetensors", "--temperature", "0")
+
+
 def assert_equal_in_half(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name].half(), other[name].half()) for name in one)

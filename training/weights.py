@@ -65,10 +65,11 @@ def other_model(flag: str, path: str, model: MaskGIT) -> MaskGIT:
 def trained_transformer(flag: str, path: str, model: MaskGIT) -> dict[str, Tensor]:
     """The transformer's weights in the model file of a flag. Architecture and tokens must be those of `model`.
 
-    Its dropout may differ: that is how it was trained, not what it is.
+    Its dropout and temperature may differ: that is how it is trained and used, not what it is.
     """
     trained, here = other_model(flag, path, model).transformer, model.transformer.config
-    if replace(trained.config, dropout=here.dropout, attention_dropout=here.attention_dropout) != here:
+    free = {name: getattr(here, name) for name in ("dropout", "attention_dropout", "temperature")}
+    if replace(trained.config, **free) != here:
         raise UserError(f"{flag} {path} has another transformer, {asdict(trained.config)}; here it is {asdict(here)}")
     return trained.state_dict()
 

@@ -7,7 +7,8 @@ ONNX:      python -m tools.export --onnx out/onnx
 or a model file, such as that of training_finish.py; its tokens must be the same. --average names another model: the mean of
 both transformers is often better than either (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
 --average-decoder does the same for the decoders. --eight-bit rounds most weights to 8 bits: the file is half as large, its
-tokens are the same, completions differ a little.
+tokens are the same, completions differ a little. --temperature sets what a sampling temperature of 1 stands for in this
+model.
 
 --onnx writes encoder, transformer, decoder, codebook and configs of a model file (--checkpoint) into a folder;
 docs/onnx_example.py completes a picture with them.
@@ -29,6 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--average-decoder", metavar="FILE", help="model whose decoder is averaged with the one here")
     parser.add_argument("--output", metavar="FILE", help="the .safetensors file to write")
     parser.add_argument("--eight-bit", action="store_true", help="round most weights to 8 bits, for a smaller file")
+    parser.add_argument("--temperature", type=float, metavar="X", help="of the model: below 1 safer (default: 1)")
     parser.add_argument("--note", action="append", default=[], metavar="KEY=VALUE", help="goes into the file's metadata")
     parser.add_argument("--onnx", metavar="DIR", help="folder for ONNX files")
     parser.add_argument("--checkpoint", metavar="FILE", help="model file for --onnx (default: the bundled weights)")
@@ -46,6 +48,8 @@ def check_args(args: argparse.Namespace) -> dict[str, str]:
         raise UserError("--output and --transformer go together: give both, or --onnx DIR alone")
     if args.transformer and args.checkpoint:
         raise UserError("--checkpoint is for --onnx alone; with --transformer the new model is written")
+    if args.temperature is not None and not (args.transformer and 0 < args.temperature <= 2):
+        raise UserError(f"--temperature must lie in (0, 2] and be given with --transformer, got {args.temperature}")
     if args.output and not args.output.endswith(".safetensors"):
         raise UserError(f"--output must end in .safetensors, got {args.output}")
     return notes
@@ -60,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         from tools.export.assemble import assemble
 
         model = assemble(args.transformer, args.vqgan, args.average, args.average_decoder)
+        model.transformer.config.temperature = args.temperature or model.transformer.config.temperature
         writable_folder(Path(args.output).parent)
         model.save_file(args.output, eight_bit=args.eight_bit, **notes)
         written = [Path(args.output)]
