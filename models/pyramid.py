@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .convert import resize, to_uint8
 from .levels import Level, Region, count_levels, crop, deep, enlarge, enlarge_windows, make_levels, split, surroundings
+from .tone import match_tone
 from .windows import place_windows, ramp
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def complete_one(c: VQGANConfig, job: Job, paste: bool, keep_rounds: bool) -> Ge
         below = level.pixels
     completed = image.clone()
     crop(completed, region)[:] = below[:, : region.bottom - region.top, : region.right - region.left]
+    if paste and c.guess:    # models without a guess stay as they were
+        completed = match_tone(image, completed, hole)
     if completed.shape[1:] != sides:
         completed = resize(completed, torch.zeros_like(hole), sides)[0]
     return Result(torch.where(job.hole, completed, job.image) if paste else completed, snapshots, steps)
