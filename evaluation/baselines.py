@@ -50,7 +50,10 @@ def complete(image: Tensor, mask: Tensor, method: str) -> Tensor:
     pixels = image.permute(1, 2, 0).contiguous().numpy()            # (H, W, 3); no method cares about the order of RGB
     hole = mask[0].to(torch.uint8).numpy()                          # (H, W)
     if method == "patchmatch":
-        filled = module.inpaint_pyramid(pixels, hole, seed=0)
+        try:
+            filled = module.inpaint_pyramid(pixels, hole, seed=0)
+        except ValueError:    # at its coarsest level the hole covers all: at one scale, then
+            filled = module.inpaint_single(pixels, hole, seed=0)
     else:
         filled = module.inpaint(pixels, hole, RADIUS, module.INPAINT_TELEA if method == "telea" else module.INPAINT_NS)
     return torch.where(mask, torch.from_numpy(filled).permute(2, 0, 1), image)

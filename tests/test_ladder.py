@@ -159,6 +159,14 @@ def test_known_pixels_are_kept_and_the_hole_is_never_seen(picture, method):
     assert error.abs().max() <= (3 if method == "telea" else 0)    # OpenCV 5's Telea rounds on the way
 
 
+@pytest.mark.skipif(not baselines.available("patchmatch"), reason="patchmatch is not installed")
+def test_patchmatch_fills_what_is_all_hole_at_its_coarsest_level(picture):
+    image, mask = picture[0], torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
+    mask[..., ::4] = True
+    result = baselines.complete(image, mask, "patchmatch")
+    assert torch.equal(result.masked_fill(mask, 0), image.masked_fill(mask, 0))
+
+
 def test_mean_is_the_mean_of_the_known_pixels(picture):
     image, mask = picture
     expected = image[:, ~mask[0]].double().mean(1).round()
