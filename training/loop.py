@@ -84,7 +84,7 @@ def training_loop(run: Run, folder: Path, progress: Progress, on_nan: str = "sto
             torch.manual_seed(seeded(c.seed, "step", progress.step, accelerator.process_index).initial_seed())
             values = step_or_skip(run.train_step, progress, on_nan)
             progress.step += 1
-            if main and not told and time.perf_counter() - began > TELL_AFTER:
+            if main and not told and progress.step < total and time.perf_counter() - began > TELL_AFTER:
                 told = tell_estimate(run, progress.step, (time.perf_counter() - began) / (progress.step - first))
             shown = {name: f"{values[name]:.3g}" for name in ("loss", "learning_rate") if name in values}
             bar.set_postfix(shown, refresh=False)
@@ -108,7 +108,8 @@ def training_loop(run: Run, folder: Path, progress: Progress, on_nan: str = "sto
 def tell_estimate(run: Run, step: int, seconds: float) -> bool:
     """Say how long the rest of the run takes at so many `seconds` a step."""
     left, c = (run.total_steps - step) * seconds, run.config
-    duration = f"{left / 3600:.0f} hours" if left > 5 * 3600 else f"{max(1, left / 60):.0f} minutes"
+    minutes = max(1, round(left / 60))
+    duration = f"{left / 3600:.0f} hours" if left > 5 * 3600 else f"{minutes} minute{'s' if minutes > 1 else ''}"
     text = f"about {duration} left for {run.total_steps - step:,} steps at {c.batch_size / seconds:.1f} images/s"
     if left > DAY:
         text += "; both stages of configs/small.yml take a quarter of an hour on a CPU, those of configs/tiny.yml a minute"
