@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .levels import Region, crop, split
+from .levels import Region, crop, split, surroundings
 
 REACH = 3       # pixels: the tone of a place is the mean of a square around it, so far to each side
 SMOOTH = 3.0    # of 255: a place whose pixels deviate that much counts half
@@ -34,7 +34,7 @@ def match_tone(image: Tensor, filled: Tensor, hole: Tensor) -> Tensor:
             continue
         top, left = max(0, tile.top - MARGIN), max(0, tile.left - MARGIN)
         around = Region(top, min(H, tile.bottom + MARGIN), left, min(W, tile.right + MARGIN))
-        offset = tone_offset(*(crop(x, around)[None].float() for x in (image, filled, hole)))[0]
+        offset = tone_offset(*(crop(x, around) for x in (image, filled, hole)))
         offset = crop(offset, Region(tile.top - top, tile.bottom - top, tile.left - left, tile.right - left))
         matched = (crop(filled, tile) + offset).round().clamp(0, 255).to(torch.uint8)
         crop(out, tile)[:] = torch.where(crop(hole, tile), matched, crop(filled, tile))
@@ -42,13 +42,26 @@ def match_tone(image: Tensor, filled: Tensor, hole: Tensor) -> Tensor:
 
 
 def tone_offset(image: Tensor, filled: Tensor, hole: Tensor) -> Tensor:
-    """What is to be added to the fill: (1, 3, H, W); near 0 in texture. Arguments as in `match_tone`, (1, C, H, W) float."""
+    """What is to be added to the fill: float (3, H, W), near 0 in texture. Arguments as in `match_tone`."""
+    H, W = hole.shape[1:]
+    near = surroundings(hole, REACH, 1)    # all that the rim's tone depends on
+    parts = rim_difference(*(crop(x, near)[None].float() for x in (image, filled, hole)))
+    sides = near.left, W - near.right, near.top, H - near.bottom
+    difference, weight, rim = (F.pad(part, sides) for part in parts)             # (1, 3, H, W), (1, 1, H, W) twice
+    return (spread(difference, weight) * spread(weight, rim))[0]
+
+
+def rim_difference(image: Tensor, filled: Tensor, hole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The difference of tone along the rim (1, 3, H, W), how far it counts and where the rim is, (1, 1, H, W) each.
+
+    Arguments as in `match_tone`, but (1, C, H, W) float.
+    """
     known = 1 - hole
     rim = F.max_pool2d(known, 3, 1, 1) * hole                                    # (1, 1, H, W) pixels of the hole's edge
     outside, rough = mean_and_variance(image, known)                             # (1, 3, H, W), (1, 1, H, W)
     inside, rough_inside = mean_and_variance(filled, hole)
     weight = rim / (1 + (rough + rough_inside / 4) / SMOOTH**2)                  # (1, 1, H, W)
-    return spread((outside - inside) * rim, weight) * spread(weight, rim)
+    return (outside - inside) * rim, weight, rim
 
 
 def mean_and_variance(x: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
