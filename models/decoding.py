@@ -7,7 +7,7 @@ functions know nothing of networks: `tokens_to_logits` may be any callable, a ra
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +45,7 @@ class Options:
         decoder: 'maskgit' samples tokens and ranks them by log-probability + noise; 'halton' samples and goes through the
             hole in a low-discrepancy order (Besnier et al. 2025, https://arxiv.org/abs/2503.17076); 'reference' takes the
             likeliest token and ranks by probability + noise, with progress counted from 0.
-        temperature: divides the logits before sampling; 0 takes the likeliest token. Not used by 'reference'. A model's
-            own (`TransformerConfig.temperature`) multiplies it.
+        temperature: divides the logits before sampling; 0 takes the likeliest token. Not used by 'reference'.
         choice_temperature: scale of the Gumbel noise in the ranking; falls to 0 over the rounds.
     Raises:
         ValueError: an option makes no sense.
@@ -99,6 +98,7 @@ def iterative_decode(
     mask_token_id: int,
     generators: Sequence[torch.Generator],
     lengths: Sequence[int] | None = None,
+    own_temperature: float = 1.0,
     scale: Sequence[int] | None = None,
     order: Tensor | None = None,
     on_round: Callable[[int], None] | None = None,
@@ -112,6 +112,7 @@ def iterative_decode(
         tokens_to_logits: (B, N) tokens -> (M, K) logits of those that are `mask_token_id`, row by row.
         generators: one for each row, so that a row's result doesn't depend on its neighbours in the batch.
         lengths: (B,) tokens of each row that are its own; the others fill it up. Default: N.
+        own_temperature: the model's (`TransformerConfig.temperature`), multiplied with the one in `options`.
         scale: (B,) factor of each row's entropy budget. Default: 1.
         order: (B, N) when the halton decoder comes to each token. Default: that of a square grid.
         on_round: called with the number of each finished round, from 1.
@@ -120,6 +121,7 @@ def iterative_decode(
         One `Round` for each round run. The last one's `tokens` are the result.
     """
     o = Options(**options)
+    o = replace(o, temperature=o.temperature * own_temperature)
     B, N = tokens.shape
     if token_mask.shape != tokens.shape or token_mask.dtype != torch.bool:
         raise ValueError(f"token_mask must be bool {tuple(tokens.shape)}, got {token_mask.dtype} {tuple(token_mask.shape)}")

@@ -199,7 +199,6 @@ class MaskGIT(nn.Module, ModelFiles):
     def complete_tokens(self, known: Known, seeds: Sequence[int], **options: Any) -> list[Round]:
         """The rounds of `complete` without the pictures; any of them can be decoded later."""
         first = [known.context]
-        options["temperature"] = options.get("temperature", 1.0) * self.transformer.config.temperature
 
         def logits(tokens: Tensor) -> Tensor:
             features = first.pop() if first else None                       # the first round sees what the context saw
@@ -207,7 +206,8 @@ class MaskGIT(nn.Module, ModelFiles):
 
         return iterative_decode(
             known.tokens, known.hidden, logits,
-            mask_token_id=self.mask_token_id, generators=[torch.Generator().manual_seed(int(s)) for s in seeds], **options,
+            mask_token_id=self.mask_token_id, generators=[torch.Generator().manual_seed(int(s)) for s in seeds],
+            own_temperature=self.transformer.config.temperature, **options,
         )    # fmt: skip
 
     def masked_logits(self, tokens: Tensor, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:

@@ -173,7 +173,6 @@ class WindowedModel:
 
     def complete(self, generators: Sequence[torch.Generator], **options: Any) -> tuple[list[Round], Known]:
         """All rounds, without the pictures; options as in `models.decoding.iterative_decode`."""
-        options["temperature"] = options.get("temperature", 1.0) * self.model.transformer.config.temperature
         known = self.known()
         rounds = 0
 
@@ -184,7 +183,8 @@ class WindowedModel:
 
         done = iterative_decode(
             known.tokens, known.hidden, logits, mask_token_id=self.model.mask_token_id, generators=generators,
-            lengths=self.layout.lengths, order=self.layout.order.to(known.tokens.device), **options,
+            own_temperature=self.model.transformer.config.temperature, lengths=self.layout.lengths,
+            order=self.layout.order.to(known.tokens.device), **options,
         )    # fmt: skip
         return done, known
 
