@@ -26,8 +26,8 @@ def report(rows: list[tables.Row], args, judge: Judge, command: str) -> str:
     lines.append(f"{count} pictures, known pixels {known}; mean ± standard deviation over the seeds {seeds}.")
     lines += [f"- {note}" for note in judge.notes(count)]
     for label in tables.unique(map(tables.setting_label, rows)):
-        whole = [row for row in rows if tables.setting_label(row) == label and row["sweet_spot"] == row["total_iter"]]
-        whole += [row for row in rows if tables.setting_label(row) == label and row["total_iter"] == tables.NEED]
+        mine = [row for row in rows if tables.setting_label(row) == label]
+        whole = [row for row in mine if row["total_iter"] in (row["sweet_spot"], tables.NEED)]
         if whole:
             lines += ["", f"## {label}", "", *by_rounds(whole, score)]
     return "\n".join([*lines, "", "## The best", "", *best(rows, judge), ""])
