@@ -255,6 +255,12 @@ def test_pictures_that_do_not_fit_are_refused(small_set, tmp_path):
     assert "reads" in refused([*common, *pictures, "--output", masked])
 
 
+def test_a_table_of_rounds_by_need_alone_can_not_be_drawn(tmp_path):
+    (tmp_path / "need.csv").write_text(f"{','.join(sweeps.KEY)},FD-X\nmaskgit,,need,,1,1,0,2.5\n")
+    with pytest.raises(UserError, match="by need"):
+        figures.main(["sweep", str(tmp_path / "need.csv"), "--output", str(tmp_path)])
+
+
 @pytest.mark.parametrize("row, word", [("maskgit,cosin,4,4,1,1,0,2.5", "cosin"), ("maskgit,cosine,4,4,1,1,0,high", "high")])
 def test_foreign_tables_are_refused(tmp_path, row, word):
     path = tmp_path / "results.csv"

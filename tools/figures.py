@@ -69,8 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.command != "sweep" and args.output.suffix != ".png":
         raise UserError(f"--output {args.output}: figures are PNG files, so its name must end in .png")
     if args.command == "sweep":
-        rows = tables.read_csv(args.csv, ("mask_func", "total_iter", "sweet_spot", "seed", *tables.SETTING))
-        rows = tables.planned(rows)
+        rows = tables.planned(tables.read_csv(args.csv, ("mask_func", "total_iter", "sweet_spot", "seed", *tables.SETTING)))
+        if not rows:
+            raise UserError(f"{args.csv} has rounds by need alone; a plot needs rows of some --total-iter")
         figures.check_sweep(rows)
         figures.draw_sweep(rows, tables.score_name(rows, args.score), args.output)
     elif args.command == "curves":
