@@ -189,15 +189,6 @@ def to_uint8(image: Tensor) -> Tensor:
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def finish(decoded: Tensor, pixels: Tensor, hole: Tensor, paste: bool) -> Tensor:
-    """The model's (3, size, size) picture in [-1, 1] to uint8 (3, H, W), with the known pixels put back if `paste`."""
-    if decoded.shape[-2:] != pixels.shape[-2:]:
-        size = tuple(pixels.shape[-2:])
-        decoded = F.interpolate(decoded[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
-    decoded = to_uint8(decoded)
-    return torch.where(hole, decoded, pixels) if paste else decoded
-
-
 def _from_array(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
 

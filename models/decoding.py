@@ -19,6 +19,10 @@ from .schedule import SCHEDULES, gamma, mask_plan
 DECODERS = ("maskgit", "halton", "reference")
 REFERENCE_ITER = 10    # rounds of the reference
 
+# Nats. So much of a token's entropy is fine texture, of which other tokens hardly tell; what is above depends on them, and
+# gets lost when they are sampled at once. Wide holes have more of it than thin ones.
+TEXTURE = 2.5
+
 # Known tokens must never be masked again. Noise can push a log-probability above 0, so no finite value is safe.
 KNOWN_CONFIDENCE = float("inf")
 
@@ -34,14 +38,16 @@ class Options:
 
     Without `total_iter` the number of rounds follows from the picture: a round accepts the surest tokens as long as the
     sum of their entropies stays within a budget, which bounds what is lost by sampling them independently of each other
-    (Ben-Hamu et al. 2025, https://arxiv.org/abs/2505.24857). Every picture takes its own number of rounds.
+    (Ben-Hamu et al. 2025, https://arxiv.org/abs/2505.24857). Only what is above `TEXTURE` counts, which is our addition.
+    Every picture takes its own number of rounds.
 
     Args:
         schedule: gamma function, one of `models.schedule.SCHEDULES`; used with `total_iter`.
         total_iter: T, rounds of the schedule. None: as many as the picture needs; for 'reference' 10.
         sweet_spot: stop after this round, 1..T; the schedule still follows T. None runs them all.
         max_iter: without `total_iter`, the last round, which accepts everything.
-        entropy_budget: without `total_iter`, nats a round and window; three times as much where a window has a guess.
+        entropy_budget: without `total_iter`, nats above `TEXTURE` that a round may accept in a window; three times as many
+            where it has a guess.
         decoder: 'maskgit' samples tokens and ranks them by log-probability + noise; 'halton' samples and goes through the
             hole in a low-discrepancy order (Besnier et al. 2025, https://arxiv.org/abs/2503.17076); 'reference' takes the
             likeliest token and ranks by probability + noise, with progress counted from 0.
@@ -55,7 +61,7 @@ class Options:
     total_iter: int | None = None
     sweet_spot: int | None = None
     max_iter: int = 8
-    entropy_budget: float = 150.0    # two rounds on average for thin holes; scores as eight rounds do
+    entropy_budget: float = 15.0    # thin holes take two to three rounds, large ones four
     decoder: str = "maskgit"
     temperature: float = 1.0
     choice_temperature: float = 4.5
@@ -202,12 +208,12 @@ def _confidence(o: Options, score: Tensor, t: int, uniform: Tensor, order: Tenso
 
 
 def _unaffordable(confidence: Tensor, entropy: Tensor, masked: Tensor, budget: Tensor) -> Tensor:
-    """How many tokens stay masked in each row, (B,): all but the surest whose entropies add up to no more than the budget.
+    """How many tokens stay masked in each row, (B,): all but the surest whose entropies above TEXTURE fit into the budget.
 
     At least one token of a row is accepted.
     """
     surest_first = confidence.argsort(dim=1, descending=True, stable=True)                 # (B, N), known tokens before all
-    spent = entropy.gather(1, surest_first).cumsum(1)                                      # (B, N)
+    spent = (entropy - TEXTURE).clamp_min(0).gather(1, surest_first).cumsum(1)             # (B, N)
     affordable = (spent <= budget.unsqueeze(1)).sum(1) - (~masked).sum(1)                  # (B,)
     return (masked.sum(1) - affordable.clamp_min(1)).clamp_min(0)
 

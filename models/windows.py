@@ -55,6 +55,13 @@ def place_windows(wanted: Tensor, grid: int, reach: int) -> Tensor:
     Returns:
         (W, 2) int64, top and left of each window in tokens.
     """
+    by_rows = in_bands(wanted, grid, reach)
+    by_columns = in_bands(wanted.T, grid, reach).flip(1)
+    return by_columns if len(by_columns) < len(by_rows) else by_rows
+
+
+def in_bands(wanted: Tensor, grid: int, reach: int) -> Tensor:
+    """The windows of `place_windows`, placed in bands of `reach` rows from the top, in a band from the left."""
     left_over, corners = wanted.numpy().copy(), {}
     while left_over.any():
         top = int(left_over.any(1).argmax())

@@ -1,14 +1,16 @@
 """Seconds for a photograph at its own size: 512x512 with holes of several sizes, and 24 megapixels with a scratch."""
 
 import argparse
+import functools
+import statistics
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.completion import Job
+from models import MaskGIT
+from models.completion import Job, complete_pictures
 from models.precision import pick_precision
-from tools.benchmark.completion import complete
 from tools.benchmark.timing import describe, load_models, say, seconds
 from utils import seeded
 
@@ -36,6 +38,11 @@ def scratch(height: int, width: int, thickness: int = 12) -> Tensor:
     return ((row / height - column / width).abs() < thickness / 2 / height).unsqueeze(0)
 
 
+def complete(model: MaskGIT, job: Job, batch_size: int, precision: str | None) -> int:
+    """Complete one picture. Returns the number of rounds, of all its levels together."""
+    return sum(result.steps for result in complete_pictures(model, [job], batch_size=batch_size, precision=precision))
+
+
 def measure(args: argparse.Namespace, device: torch.device) -> dict:
     model, reference = load_models(args, device)
     size, (height, width) = (64, (96, 128)) if args.quick else (512, (4000, 6000))
@@ -44,9 +51,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     cases[f"{width}x{height}, a scratch"] = photograph(height, width), scratch(height, width)
     precision, rows = pick_precision("auto", device), []
     for name, (image, hole) in cases.items():
-        steps: list[float] = []
-        job = [Job(image, hole, seed=0)]
-        taken = seconds(lambda job=job, steps=steps: steps.append(complete(model, job, precision=precision)), device)
-        say(f"{name}: {taken:.1f} s")
-        rows.append({"photograph": name, "hole, pixels": int(hole.sum()), "rounds": steps[0], "seconds": taken})
+        call = functools.partial(complete, model, Job(image, hole, seed=0), args.batch_size, precision)
+        steps = call()    # warm-up
+        taken = statistics.median(seconds(call, device) for _ in range(args.rounds))
+        say(f"{name}: {taken:.2f} s")
+        rows.append({"photograph": name, "hole, pixels": int(hole.sum()), "rounds": steps, "seconds": taken})
     return describe(model, reference, args, device) | {"precision": precision, "photographs": rows}
