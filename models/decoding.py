@@ -46,7 +46,7 @@ class Options:
         total_iter: T, rounds of the schedule. None: as many as the picture needs; for 'reference' 10.
         sweet_spot: stop after this round, 1..T; the schedule still follows T. None runs them all.
         max_iter: without `total_iter`, the last round, which accepts everything.
-        entropy_budget: without `total_iter`, nats above `TEXTURE` that a round may accept in a window; three times as many
+        entropy_budget: without `total_iter`, nats above `TEXTURE` that a round may accept in a window; ten times as many
             where it has a guess.
         decoder: 'maskgit' samples tokens and ranks them by log-probability + noise; 'halton' samples and goes through the
             hole in a low-discrepancy order (Besnier et al. 2025, https://arxiv.org/abs/2503.17076); 'reference' takes the
@@ -191,7 +191,7 @@ def _predict(o: Options, logits: Tensor, tokens: Tensor, masked: Tensor, uniform
     score = log_p.gather(1, picked.unsqueeze(1)).squeeze(1)                                # (M,)
     if o.decoder == "reference":
         score = score.exp()
-    entropy = torch.special.entr(log_p.exp()).sum(1)                                       # (M,)
+    entropy = -(log_p.exp() * log_p).sum(1)                                                # (M,)
     zero = torch.zeros(tokens.shape, device=tokens.device)
     return tokens.masked_scatter(masked, picked), zero.masked_scatter(masked, score), zero.masked_scatter(masked, entropy)
 
