@@ -1,4 +1,4 @@
-"""models/transformer.py, and both stages together: masks, the transformer's two inputs, the frozen VQGAN, what training hides."""
+"""models/transformer.py, and both stages together: masks, the transformer's two inputs, the frozen VQGAN, what is hidden."""
 import pytest
 import torch
 import torch.nn.functional as F

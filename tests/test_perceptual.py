@@ -1,4 +1,4 @@
-"""models/perceptual.py and models/discriminator.py: features as the libraries give them, closed forms, files that don't fit."""
+"""models/perceptual.py and models/discriminator.py: features as the libraries give them, closed forms, bad files."""
 
 import pytest
 import timm
