@@ -58,7 +58,7 @@ def step_of(folder, wish: str | None = "auto") -> int:
     return find_resume(folder, wish, KIND)["step"]
 
 
-def test_the_newest_good_checkpoint_is_continued(run, capsys, tmp_path_factory):
+def test_the_newest_good_checkpoint_is_continued_and_no_run_written_over(run, capsys, tmp_path_factory):
     assert step_of(run) == 2 and step_of(run, str(run / "previous.pt")) == 1 and capsys.readouterr().err == ""
     for broken, expected in (("last.pt", 1), ("previous.pt", 0)):
         (run / broken).write_bytes((run / broken).read_bytes()[:-7])

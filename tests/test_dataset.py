@@ -68,7 +68,7 @@ def test_check_refuses_in_a_sentence(planted, monkeypatch, argv, word):
     assert word in refusal(dataset.main, "check", *argv)
 
 
-def test_a_folder_inside_another_is_a_set_of_its_own(planted, capsys):
+def test_a_folder_inside_another_is_a_set_of_its_own_and_bad_pictures_are_named(planted, capsys):
     train, val = planted
     val.rename(train / "val")
     assert run("check", train, train / "val") == 1
@@ -77,7 +77,7 @@ def test_a_folder_inside_another_is_a_set_of_its_own(planted, capsys):
     assert "text.jpg" in refusal(dataset.main, "check", train)
 
 
-def test_near_pairs_do_not_depend_on_the_block_size(tmp_path):
+def test_groups_of_duplicates_do_not_depend_on_the_block_size_and_hold_what_is_alike(tmp_path):
     rng = np.random.default_rng(0)
     thumbs = rng.standard_normal((40, 16, 16)).astype(np.float32)
     thumbs[30:] = thumbs[:10] + 0.05 * rng.standard_normal((10, 16, 16))
@@ -126,7 +126,7 @@ def mixed(tmp_path) -> Path:
     return tmp_path / "mixed"
 
 
-def test_split_is_complete_leak_free_and_of_the_right_size(mixed, tmp_path, capsys):
+def test_split_is_complete_leak_free_of_the_right_size_and_on_demand_distinct(mixed, tmp_path, capsys):
     output = tmp_path / "out"
     argv = ["split", str(mixed), "--output", str(output), "--val-share", "0.2", "--test-share", "0.1"]
     assert dataset.main(argv) == 0

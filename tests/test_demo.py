@@ -60,7 +60,7 @@ def saved(folder: Path, name: str, image: Image.Image, **options) -> str:
 # ---- files ----
 
 
-def test_a_picture_is_opened_as_it_is_and_named_safely(tmp_path):
+def test_a_picture_is_opened_as_it_is_and_named_safely_and_alone(tmp_path):
     opened, notes = open_photo(saved(tmp_path, "<b>a cat (1).png", Image.fromarray(noise(30, 50))), MAX_PIXELS)
     assert np.array_equal(opened.picture.pixels, noise(30, 50)) and opened.size == (30, 50)
     assert opened.name == "_b_a_cat_1_" and notes == [] and opened.hole is None

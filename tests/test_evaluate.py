@@ -109,7 +109,7 @@ def test_saved_statistics_and_the_images_of_inpaintings_output_give_the_same_sco
     assert report(arguments(folders, "--reference", folders / "other"), folders)["scores"] == plain["scores"]
 
 
-def test_equal_folders_and_no_network(folders):
+def test_equal_folders_without_a_network_and_one_mask_for_all(folders):
     argv = paired(folders, "--features", "none")
     argv[1] = str(folders / "originals")
     found = report(argv, folders)
@@ -161,7 +161,7 @@ def test_crops_lie_around_the_hole_and_at_the_same_places_in_both_pictures():
 # ---- refusals ----
 
 
-def test_other_sizes_are_refused_by_name(folders):
+def test_other_sizes_and_other_pictures_are_refused_by_name(folders):
     write_image(folders / "pred" / "p2.png", torch.zeros(3, SIDE, SIDE + 1, dtype=torch.uint8))
     assert "p2.png is 25x24" in refusal(evaluate.main, *paired(folders))
     shutil.copy(folders / "originals" / "p2.png", folders / "pred")

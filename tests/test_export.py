@@ -78,7 +78,7 @@ def test_it_takes_the_transformer_of_one_and_the_decoder_of_another(parts, tmp_p
     assert bool((model.vqgan.decoder.from_code.bias == 0.5).all())
 
 
-def test_it_averages_transformers_and_decoders(parts, tmp_path):
+def test_it_averages_transformers_and_decoders_and_eight_bits_keep_the_tokens(parts, tmp_path):
     flag, other = str(parts / "other.safetensors"), MaskGIT.from_pretrained(parts / "other.safetensors")
     model = written(parts, tmp_path / "a.safetensors", "--average", flag, "--vqgan", flag, "--average-decoder", flag)
     for name, value in lively().transformer.state_dict().items():

@@ -57,7 +57,7 @@ def test_inception_features_are_pytorch_fids(inception, inception_file, tmp_path
     assert (inception.frechet_name, inception.kernel_name) == ("FID", "KID") and "not the official" in inception.note
 
 
-def test_a_hash_in_the_weights_name_must_be_the_files(inception_file, tmp_path):
+def test_weights_whose_hash_or_content_is_not_what_the_name_says_are_refused(inception_file, tmp_path):
     own = hashlib.sha256(inception_file.read_bytes()).hexdigest()[:8]
     right, wrong = tmp_path / f"inception-{own}.pth", tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     for path in (right, wrong):
@@ -107,7 +107,7 @@ def colour(tmp_path_factory) -> Path:
     return make_onnx(tmp_path_factory.mktemp("onnx") / "colour.onnx", ("B", 3, "H", "W"), name="MeanColour")
 
 
-def test_onnx_features_are_the_networks(colour, tmp_path):
+def test_onnx_features_are_the_networks_of_pictures_resized_to_a_fixed_input(colour, tmp_path):
     images = random_images(3)
     network = load_features(colour)
     assert network.dims == 3 and network.note is None
@@ -121,7 +121,7 @@ def test_onnx_features_are_the_networks(colour, tmp_path):
     torch.testing.assert_close(network(images), F.avg_pool2d(small, 2).flatten(1).double(), rtol=1e-4, atol=1e-5)
 
 
-def test_onnx_scores_carry_the_networks_name_and_never_inceptions(tmp_path, colour, monkeypatch):
+def test_onnx_scores_carry_the_networks_name_and_files_that_do_not_fit_are_refused(tmp_path, colour, monkeypatch):
     shape = ("B", 3, "H", "W")
     exported = make_onnx(tmp_path / "my_net.onnx", shape)                   # a name that the exporter invented
     graph = make_onnx(tmp_path / "b.onnx", shape, graph="TinyNet")

@@ -66,7 +66,7 @@ def test_the_model_card_says_research_only_and_stays_with_the_weights(model, tmp
     assert card.startswith("---\n") and card.endswith("# My own cats\n")
 
 
-def test_the_bundled_weights_are_the_default():
+def test_the_bundled_weights_and_the_machines_precision_are_the_default():
     model = MaskGIT.from_pretrained(precision="bf16", device="cpu")
     assert model.image_size == 64 and not model.training and "Licence" in model.card
     assert model.precision == "bf16" and model.device.type == "cpu"

@@ -70,7 +70,7 @@ def partial_run(**parts) -> FinishRun:
 # ---- what it does ----
 
 
-def test_the_decoder_alone_changes(runs):
+def test_the_decoder_alone_changes_and_a_deeper_one_begins_as_the_one_it_was(runs):
     before = MaskGIT.from_pretrained(runs / "maskgit/maskgit.safetensors").state_dict()
     after = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -160,6 +160,7 @@ def test_each_term_has_a_weight_of_its_own(runs, tmp_path):
         {name: first[name] / usual[name] for name in names}, rel=1e-4
     )
     assert other["loss"] == pytest.approx(sum(other[name] for name in names), rel=1e-4)
+    # There is nothing else to learn from.
     finish(runs, tmp_path / "out", "--epochs", "2", *second(runs), "--set", *(f"train_finish.{name}=0" for name in TERMS))
     lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
     assert len(lines) == 2 and all(line["gradient_norm"] > 0 for line in lines)
@@ -244,7 +245,7 @@ def go_on(runs, script, output, section, *argv) -> MaskGIT:
     return MaskGIT.from_pretrained(output / "maskgit.safetensors")
 
 
-def test_a_finished_model_is_finished_further_with_its_discriminators(runs, tmp_path):
+def test_a_finished_model_is_finished_further_or_given_stage_1_anew(runs, tmp_path):
     """Without --vqgan, from the decoder that it has, features of the transformer included."""
     argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
     argv += ["--discriminators", runs / "finish/last.pt"]
@@ -264,7 +265,7 @@ def test_a_finished_model_is_finished_further_with_its_discriminators(runs, tmp_
     assert anew.vqgan.decoder.from_context.weight.abs().max() < 1e-6    # zero but for the tiny steps
 
 
-def test_stage_2_goes_on_from_a_finished_model(runs, tmp_path):
+def test_stage_2_goes_on_from_a_finished_model_that_fits(runs, tmp_path):
     """Another dropout is no other architecture. The decoder's input for the transformer's features is left out."""
     finished = runs / "finish/maskgit.safetensors"
     argv = ["--vqgan", finished, "--init", finished, "--set", "transformer.dropout=0.3"]

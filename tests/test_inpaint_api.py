@@ -120,7 +120,7 @@ def test_masks_of_all_kinds_mean_the_same(number):
 # ---- what comes out ----
 
 
-def test_samples_are_those_of_consecutive_seeds_whatever_the_batch(model):
+def test_samples_and_lists_have_consecutive_seeds_whatever_the_batch(model):
     array, hole = picture(), square_hole()
     samples, rounds = model.inpaint(array, hole, seed=7, num_samples=5, batch_size=2, return_rounds=True)
     assert len({sample.tobytes() for sample in samples}) == len(samples) == 5
@@ -141,7 +141,7 @@ def test_samples_are_those_of_consecutive_seeds_whatever_the_batch(model):
         model.inpaint(arrays, holes, num_samples=2)
 
 
-def test_a_picture_of_which_nothing_is_known_is_made_up(model):
+def test_a_picture_of_which_little_is_known_is_made_up_or_warned_of(model):
     made = model.inpaint(picture(), np.ones((32, 32), dtype=bool))
     assert made.shape == (32, 32, 3) and np.array_equal(made, model.inpaint(picture() // 2, np.ones((32, 32), dtype=bool)))
     with pytest.warns(UserWarning, match="white is the hole"):

@@ -214,7 +214,7 @@ def test_the_hole_in_the_alpha_channel(tmp_path, capsys, colour, clear_colour, c
     assert "alpha" in capsys.readouterr().err
 
 
-def test_a_picture_with_the_hole_cut_out_and_a_mask_on_clear(tmp_path):
+def test_a_picture_with_the_hole_cut_out_a_mask_on_clear_and_a_photograph(tmp_path):
     cut = np.concatenate([noise(), np.where(KNOWN, 255, 0)[..., None].astype(np.uint8)], axis=2)
     assert torch.equal(read_mask(save_pixels(tmp_path / "cut.png", cut)), HOLE)
     gray = np.where(KNOWN, 255, 0).astype(np.uint8)

@@ -25,7 +25,7 @@ def holes(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
     return random_holes(count, size, torch.Generator().manual_seed(seed))
 
 
-def test_one_hole_pixel_masks_its_token_and_no_other():
+def test_one_hole_pixel_masks_its_token_and_patches_hold_nothing_of_the_hole():
     for y, x in ((0, 0), (3, 4), (15, 15), (7, 8)):
         mask = torch.zeros(1, 1, 16, 16)
         mask[0, 0, y, x] = 1
@@ -165,7 +165,7 @@ def listening() -> MaskGIT:
     return model
 
 
-def test_the_context_is_the_transformers_view_with_the_whole_hole_masked():
+def test_the_context_is_the_transformers_view_and_hides_what_the_hole_hides():
     model, image, mask = listening(), torch.rand(3, 3, 16, 16) * 2 - 1, holes(3)
     known = model.known(image, mask)
     assert torch.equal(known.hidden, pixel_to_token_mask(mask, 4))

@@ -39,7 +39,7 @@ def stripe(left: int, right: int, count: int = 1) -> Tensor:
     return holes
 
 
-def test_a_constant_error_in_the_hole():
+def test_a_constant_error_in_the_hole_changed_known_pixels_and_equal_pictures():
     columns = paired_metrics(*offset_pairs(10))
     area = torch.tensor([1, 2, 3]).double() / 8
     psnr = 20 * math.log10(255 / 10)
@@ -66,7 +66,7 @@ def test_a_constant_error_in_the_hole():
     assert summary["seam"] == pytest.approx(1) and summary["detail"] == pytest.approx(1)
 
 
-def test_bins_hold_each_picture_once_and_average_to_the_whole():
+def test_bins_hold_each_picture_with_a_hole_once_and_average_to_the_whole():
     columns = paired_metrics(*offset_pairs(10))
     bins = by_hole_area(columns)
     assert [(bin["from"], bin["to"]) for bin in bins] == [(0.10, 0.15), (0.20, 0.25), (0.30, 0.40)]
@@ -93,6 +93,7 @@ def test_seam_and_detail_are_ratios_of_mean_gradients_that_equal_their_definitio
                     inside.append(step)
     assert rim_gradient(image[None], hole[None, None]).item() == pytest.approx(sum(rim) / len(rim), rel=1e-5)
     assert inside_gradient(image[None], hole[None, None]).item() == pytest.approx(sum(inside) / len(inside), rel=1e-5)
+    # Columns that rise by 8. A stripe lifted by d has steps of 8 + d and |8 - d| across its rim, and 8 inside.
     ramp, holes = (torch.arange(SIDE) * 8).to(torch.uint8).expand(2, 3, SIDE, SIDE), stripe(4, 8, 2)
     summary = summarise(paired_metrics(torch.where(holes, ramp + 64, ramp), ramp, holes))
     assert summary["seam"] == pytest.approx((72 + 56) / 2 / 8) and summary["detail"] == pytest.approx(1)
@@ -154,7 +155,7 @@ def test_frechet_distance_equals_its_definition_and_pytorch_fids(counts):
     assert ours == pytest.approx(float(theirs), rel=1e-3)
 
 
-def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate():
+def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate_and_senseless_sets_are_refused():
     a, b = torch.randn(20, 4, generator=rng(1)).double(), torch.randn(20, 4, generator=rng(2)).double() + 1
     def kernel(x, y):
         return (x @ y.T / 4 + 1) ** 3
@@ -173,14 +174,16 @@ def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate():
 # ---- P-IDS and U-IDS ----
 
 
-def test_sets_that_can_be_told_apart_have_no_indistinguishable_pictures():
+def test_only_sets_of_one_kind_have_indistinguishable_pictures():
     pytest.importorskip("sklearn")
     a = torch.randn(200, 6, generator=rng(1))
     assert indistinguishable(a, a + 100, paired=True) == (0, 0)
     u_ids, p_ids = indistinguishable(a, a - 100)
     assert u_ids == 0 and math.isnan(p_ids)
+    # One feature, 0 or 1: real pictures are 1, a quarter of the others too. Both sets count alike.
     real, fake = torch.ones(400, 1), torch.arange(40).remainder(4).eq(0).float()[:, None]
     assert indistinguishable(real, fake)[0] == pytest.approx((0 + 0.25) / 2)
+    # An SVM separates its own training set here, so a score on that would be 0.
     a, b = torch.randn(150, 300, generator=rng(1)), torch.randn(150, 300, generator=rng(2))
     u_ids, p_ids = indistinguishable(a, b, paired=True)
     assert 0.4 < u_ids < 0.6 and 0.4 < p_ids < 0.6
@@ -196,7 +199,7 @@ class Network:
     name, sha256 = "Colour", "0" * 64
 
 
-def test_saved_statistics_give_the_same_numbers(tmp_path, monkeypatch):
+def test_saved_statistics_give_the_same_numbers_and_foreign_ones_are_refused(tmp_path, monkeypatch):
     features = mean_colours(torch.rand(9, 3, 8, 8, generator=rng())).double().float().double()
     Statistics.of(Network, features).save(tmp_path / "s.npz")
     loaded = Statistics.load(tmp_path / "s.npz", Network)

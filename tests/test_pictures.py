@@ -126,7 +126,7 @@ def test_gray_levels_are_cut_at_128_with_a_notice(tmp_path, capsys):
 # ---- values and writing ----
 
 
-def test_write_image_reads_back_and_leaves_nothing_else(tmp_path):
+def test_write_image_reads_back_exactly_and_leaves_nothing_else(tmp_path):
     image = torch.randint(256, (3, 6, 4), dtype=torch.uint8, generator=rng())
     path = tmp_path / "new" / "a.png"
     write_image(path, image)
@@ -196,7 +196,7 @@ def view(angle: float = 0.0, move: float = 0.0, colour=(0.0, 1.0, 1.0)) -> Views
     return Views(torch.tensor([True]), place, torch.tensor([colour]))
 
 
-def test_a_share_of_the_pictures_is_seen_otherwise_and_the_others_bit_for_bit():
+def test_a_share_of_the_pictures_is_seen_otherwise_within_limits_and_the_others_bit_for_bit():
     image = smooth_pictures(64)
     views = random_views(64, 0.5, rng())
     seen = take_views(image, views)
@@ -244,7 +244,7 @@ def test_every_random_mask_has_a_hole_and_a_known_pixel(size):
     assert holes.flatten(1).any(1).all() and (~holes).flatten(1).any(1).all()
 
 
-def test_random_holes_are_a_function_of_the_generator():
+def test_random_holes_are_a_function_of_the_generator_and_some_are_boxes_or_strokes():
     g = rng(3)
     first, second = random_holes(20, 16, g), random_holes(20, 16, g)
     assert not torch.equal(first, second)
@@ -310,7 +310,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_every_draw_has_a_hole_and_something_known(folder):
+def test_every_draw_from_ones_own_masks_has_a_hole_and_something_known(folder):
     masks = load_masks(str(folder))
     whole, (windows, deep) = masks.random_holes(60, 16, seeded(1)), masks.window_holes(60, 16, seeded(2))
     for holes in (whole, windows):

@@ -118,7 +118,7 @@ def installed(tmp_path_factory) -> tuple[Path, Path]:
     return python, packages
 
 
-def test_another_project_completes_a_picture_saves_and_loads(installed, tmp_path):
+def test_another_project_completes_a_picture_saves_and_loads_with_nothing_else_installed(installed, tmp_path):
     done = subprocess.run(
         [str(installed[0]), "-c", USE, str(tmp_path / "cat")], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )

@@ -111,7 +111,7 @@ def test_precision_is_that_of_the_machine_unless_it_is_given(whole, setting, tmp
     assert second[:3] == pytest.approx(first[:3], rel=0.05) and second[:3] != first[:3]
 
 
-def test_what_is_no_continuation_is_refused(whole, setting):
+def test_what_is_no_continuation_is_refused_and_a_finished_run_has_nothing_left_to_do(whole, setting):
     stage, folder = whole
     width = "encoder_width" if stage == "vqgan" else "mlp_dim"
     before = (folder / "last.pt").read_bytes()

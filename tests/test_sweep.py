@@ -133,7 +133,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(small_set, tmp_path, monkeypatc
     assert {setting.seed for setting in started[9:]} == {2} and results(broken)[: len(before)] == before
 
 
-def test_results_of_something_else_are_not_continued(small_set, tmp_path):
+def test_results_of_something_else_and_pictures_that_do_not_fit_are_refused(small_set, tmp_path):
     sweep.main(arguments(small_set, tmp_path, *SMALL))
     assert "other paste" in refusal(sweep.main, *arguments(small_set, tmp_path, *SMALL, "--no-paste"))
     message = refusal(sweep.main, *arguments(small_set, tmp_path, *SMALL, "--limit", "3"))

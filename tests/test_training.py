@@ -208,7 +208,7 @@ def source(kind, setting, shards, rank=0, processes=1):
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_epochs_visit_every_picture_once_in_orders_of_their_own(setting, shards, kind):
+def test_epochs_visit_every_picture_once_in_orders_of_their_own_on_every_machine(setting, shards, kind):
     pictures = source(kind, setting, shards)
     every = {image.numpy().tobytes() for image in load_folder(setting.train, 16)}
     batches = [pictures.batch(step) for step in range(6)]
@@ -323,7 +323,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_singular_values_become_about_one_and_singular_vectors_stay():
+def test_singular_values_become_about_one_whatever_the_scale_and_singular_vectors_stay():
     for shape in ((16, 64), (64, 16), (24, 24)):
         u, _, vt = torch.linalg.svd(normal(*shape), full_matrices=False)
         values = torch.linspace(0.3, 1, min(shape))

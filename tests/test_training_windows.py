@@ -34,7 +34,7 @@ def same(one, other) -> bool:
     return all(torch.equal(a, b) for a, b in zip((*one[:2], *one.plan), (*other[:2], *other.plan), strict=True))
 
 
-def test_a_batch_is_a_function_of_seed_and_step():
+def test_a_batch_is_a_function_of_seed_and_step_with_windows_and_holes_of_the_right_kind():
     assert same(windows().batch(5), windows().batch(5))
     assert not same(windows().batch(5), windows().batch(6))
     assert not same(windows().batch(5), windows(seed=4).batch(5))
@@ -65,7 +65,7 @@ def test_a_guess_is_seen_inside_the_hole_alone(model, share):
     assert round(guess[:, 3].amax((1, 2)).mean().item(), 1) == share    # few are emptied by chance
 
 
-def test_a_guess_is_near_the_truth(model):
+def test_a_guess_is_near_the_truth_and_a_model_that_learns_to_take_one_begins_as_it_was(model):
     batch = windows(batch_size=64, guess_share=1.0).batch(0)
     smooth = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16)
     plan = batch.plan._replace(recoded=torch.zeros(64, dtype=torch.bool))    # the tokenizer here has random weights

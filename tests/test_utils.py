@@ -108,7 +108,7 @@ def test_yaml_values(tmp_path, text, value):
     assert load_config(config_file(tmp_path, "a: {}"), [f"a.key={text}"]) == {"a": {"key": value}}
 
 
-def test_overrides_win_in_order(tmp_path):
+def test_overrides_win_in_order_and_configs_are_filled_in(tmp_path):
     path = config_file(tmp_path, "a: {x: 1, y: 2}\nb: {z: 3}\n")
     assert load_config(path) == {"a": {"x": 1, "y": 2}, "b": {"z": 3}}
     given = ["a.x=5", "b.w=p=q", "a.x=[6, 7]"]
@@ -167,7 +167,7 @@ def draw(*key) -> torch.Tensor:
     return torch.rand(64, generator=seeded(*key), dtype=torch.float64)
 
 
-def test_equal_keys_give_equal_numbers_and_others_unrelated_ones():
+def test_equal_keys_give_equal_numbers_on_every_machine_and_others_unrelated_ones():
     torch.manual_seed(1)
     first = draw(0, "mask", 7)
     torch.manual_seed(2)

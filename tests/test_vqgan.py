@@ -132,7 +132,7 @@ def test_decoder_uses_known_pixels_at_every_scale_the_mask_and_the_codes(default
         scale.weight.data.copy_(weight)
 
 
-def test_without_known_pixels_it_is_a_plain_decoder(default):
+def test_without_known_pixels_it_is_a_plain_decoder_as_the_reference_always_is(default):
     tokens = torch.randint(1024, (2, 256), generator=rng(4))
     plain = default.decode(tokens)
     assert torch.equal(plain, default.decode(tokens, pictures(2), torch.ones(2, 1, 64, 64)))
@@ -148,7 +148,7 @@ def test_without_known_pixels_it_is_a_plain_decoder(default):
 
 
 @pytest.mark.parametrize("options", [{}, SMALL_REFERENCE])
-def test_training_pass_is_encode_then_decode(options):
+def test_training_pass_is_encode_then_decode_and_trains_every_part(options):
     model, image = small(**options), pictures(2, 32)
     hole = random_holes(2, 32, rng(6)).float()
     output, quantized = model(image, hole)
@@ -264,7 +264,7 @@ def test_loss_and_its_gradients():
 
 
 @BOTH
-def test_restart_moves_dead_codes_onto_latents_and_no_others(l2):
+def test_restart_moves_dead_codes_onto_latents_and_no_others_if_there_are_any(l2):
     book, rows = codebook(l2), 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(2))
     before = book.embedding.weight.detach().clone()
     usage = torch.ones(K)
