@@ -9,15 +9,6 @@ from models import transformer
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of pictures and weights beside the repository, which is not part of it."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"needs the pictures and weights in {folder}, which is not there")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def setting(tmp_path_factory):
     """What trainings of a second need: pictures, a config, a stage-1 checkpoint. No test writes into it."""
     from tiny_runs import make_setting

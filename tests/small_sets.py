@@ -1,7 +1,11 @@
 """A small random model, feature networks that need no file, pictures and folders of pictures."""
+import io
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -54,6 +58,28 @@ def write_set(root: Path, count: int, side: int) -> Path:
         write_image(root / "masked" / f"p{i}.png", image.masked_fill(hole, 128))
         write_image(root / "masks" / f"p{i}.png", torch.where(hole, 0, 255).to(torch.uint8).expand(3, -1, -1).clone())
     return root
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> str:
+    with tarfile.open(path, mode) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def assert_equal_in_half(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].half(), other[name].half()) for name in one)
+
+
+def refusal(main: Callable, *argv: object) -> str:
+    """What a command says when it refuses what it was given."""
+    with pytest.raises(ValueError) as error:
+        main([str(x) for x in argv])
+    assert error.value.user_error
+    return str(error.value)
 
 
 def mean_colours(images: Tensor) -> Tensor:

@@ -155,15 +155,3 @@ def test_flags(working, script, examples, least):
     unknown = TEXT.map(lambda text: (f"--{text}x", "1"))
     case = st.one_of(known, known, known, unknown)
     assert count_refused(case, examples, lambda pair: refused(script, argv + list(pair))) >= least
-
-
-@pytest.mark.parametrize("script", sorted(MAINS))
-def test_flags_left_out(working, script):
-    """Every flag of a training is needed but --device and --token-cache; the others say themselves what they need."""
-    argv, needed = working[script], 0
-    for i in range(0, len(argv), 2):
-        if argv[i] not in ("--output", "--config"):    # whose default would be written to, or is a long training's
-            needed += refused(script, argv[:i] + argv[i + 2 :])
-        with_no_value = argv[:i] + argv[i + 2 :] + [argv[i]]
-        assert refused(script, with_no_value)
-    assert needed >= (3 if script != "inpainting" else 0)

@@ -1,13 +1,14 @@
-"""models/decoding.py and the engine around it: plans, order, randomness, the reference's steps, refusals."""
+"""models/decoding.py and models/schedule.py: closed forms, plans, order, randomness, the reference's steps, refusals."""
 
 import math
 
 import pytest
 import torch
-from small_sets import rng, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_sets import rng
 from torch import Tensor
 
-from models import MaskGIT
 from models.decoding import DECODERS, Round, halton_order, iterative_decode
 from models.schedule import SCHEDULES, gamma, mask_plan
 
@@ -71,39 +72,6 @@ def test_known_and_accepted_tokens_stay_and_no_mask_token_is_left(decoder, total
         before = r
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("decoder", ["maskgit", "halton"])
-def test_counts_follow_the_plan_of_each_row(decoder, schedule):
-    holes, T = (0, 1, 7, 20, N), 9
-    rounds = decode(*rows(*holes), decoder=decoder, total_iter=T, schedule=schedule)
-    for row, hole in enumerate(holes):
-        counts = [int(r.masked[row].sum()) for r in rounds]
-        left, expected = hole, []
-        for t in range(1, T + 1):    # at least one token a round while any is left, and none after the last
-            left = max(0, min(left - 1, math.floor(gamma(schedule, t / T).item() * hole + 1e-9)))
-            expected.append(left)
-        assert counts == expected and counts[-1] == 0
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_ties_do_not_change_the_counts(decoder):
-    tokens, mask = rows(20, N)
-    flat = decode(tokens, mask, lambda t: torch.zeros(int((t == MASK).sum()), K), decoder=decoder, choice_temperature=0)
-    usual = decode(tokens, mask, decoder=decoder)
-    assert [r.masked.sum(1).tolist() for r in flat] == [r.masked.sum(1).tolist() for r in usual]
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_sweet_spot_is_the_whole_run_cut_short(decoder):
-    tokens, mask = rows(5, 20, N)
-    whole, table = decode(tokens, mask, decoder=decoder, total_iter=6), Table()
-    for t in range(1, 7):
-        table.calls = 0
-        part = decode(tokens, mask, table, decoder=decoder, total_iter=6, sweet_spot=t)
-        assert len(part) == table.calls == t
-        assert all(same(a, b) for a, b in zip(part, whole, strict=False))
-
-
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_batch_gives_what_single_rows_give(decoder):
     tokens, mask = rows(0, 2, 20, N)
@@ -111,26 +79,6 @@ def test_a_batch_gives_what_single_rows_give(decoder):
     for i, seed in enumerate((4, 5, 6, 7)):
         single = decode(tokens[i : i + 1], mask[i : i + 1], decoder=decoder, total_iter=5, generators=seeds(seed))
         assert all(same(a, Round(b.tokens[i : i + 1], b.masked[i : i + 1])) for a, b in zip(single, batch, strict=True))
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_the_result_is_a_function_of_the_seeds(decoder):
-    tokens, mask = rows(N, N)
-    before = torch.get_rng_state()
-    first, again, other = (decode(tokens, mask, decoder=decoder, generators=seeds(*s)) for s in ((1, 2), (1, 2), (3, 4)))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(same(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[-1].tokens, other[-1].tokens)
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_arguments_are_not_written_to_and_hidden_tokens_not_read(decoder):
-    tokens, mask = rows(5, 20)
-    copies = tokens.clone(), mask.clone()
-    first = decode(tokens, mask, decoder=decoder)
-    assert torch.equal(tokens, copies[0]) and torch.equal(mask, copies[1])
-    other = decode(torch.where(mask, (tokens + 1) % K, tokens), mask, decoder=decoder)
-    assert all(same(a, b) for a, b in zip(first, other, strict=True))
 
 
 # ---- rounds by need ----
@@ -148,32 +96,15 @@ def by_need(*holes: int, budget: float, table=flat, **options) -> list[list[int]
 
 
 @pytest.mark.parametrize("decoder", ["maskgit", "halton"])
-def test_a_round_accepts_what_the_budget_pays_for(decoder):
+def test_a_round_accepts_what_the_budget_pays_for_and_at_least_one_token(decoder):
     ten = 10 * math.log(K) + 0.01
     assert by_need(25, 5, 10, 0, budget=ten, decoder=decoder) == [[15, 5, 0], [0] * 3, [0] * 3, [0] * 3]
     assert by_need(25, budget=ten, scale=[2], decoder=decoder) == [[5, 0]]
     assert by_need(25, budget=1e6, decoder=decoder) == [[0]]
-
-
-def test_at_least_one_token_a_round_and_all_in_the_last():
-    assert by_need(9, 2, budget=0.0, max_iter=4) == [[8, 7, 6, 0], [1, 0, 0, 0]]
-
-
-def test_sure_tokens_cost_nothing():
     sure = torch.zeros(K)
-    sure[3] = 100.0
-    assert by_need(N, budget=0.01, table=lambda t: sure.expand(int((t == MASK).sum()), K)) == [[0]]
-
-
-def test_a_smaller_budget_takes_more_rounds_and_rows_stay_apart():
-    counts = [len(by_need(N, budget=b, table=Table())[0]) for b in (1e6, 30.0, 10.0, 3.0)]
-    assert counts == sorted(counts) and counts[0] == 1 < counts[-1]
-    tokens, mask = rows(4, 20, N)
-    options = dict(total_iter=None, entropy_budget=8.0)
-    batch = decode(tokens, mask, generators=seeds(4, 5, 6), **options)[-1]
-    for i in range(3):
-        single = decode(tokens[i : i + 1], mask[i : i + 1], generators=seeds(4 + i), **options)[-1]
-        assert torch.equal(single.tokens[0], batch.tokens[i])
+    sure[3] = 100.0    # costs nothing
+    assert by_need(N, budget=0.01, table=lambda t: sure.expand(int((t == MASK).sum()), K), decoder=decoder) == [[0]]
+    assert by_need(9, 2, budget=0.0, max_iter=4) == [[8, 7, 6, 0], [1, 0, 0, 0]]
 
 
 # ---- the reference, written straight down ----
@@ -262,22 +193,14 @@ def test_without_noise_the_most_confident_are_kept():
         assert log_p[i][kept].min() >= log_p[i][first.masked[i]].max()
 
 
-@pytest.mark.parametrize("side", [1, 2, 6, 8, 16, 32])
-def test_halton_order_is_a_permutation(side):
-    order = halton_order(side * side)
-    assert torch.equal(order.sort().values, torch.arange(side * side))
-
-
 def test_halton_order_visits_all_quadrants_alike_and_no_neighbours_in_turn():
     side = 16
     places = halton_order(side * side).argsort()
+    assert torch.equal(places.sort().values, torch.arange(side * side))
     points = torch.stack([places // side, places % side], dim=1)
     visits = torch.nn.functional.one_hot((points // (side // 2) * torch.tensor([2, 1])).sum(1), 4).cumsum(0)
     assert (visits.amax(1) - visits.amin(1)).max() <= 6    # 8 to 20 in random orders
     assert (points[1:64] - points[:63]).double().norm(dim=1).min() > 2
-
-
-def test_halton_fills_the_hole_in_its_order():
     tokens, mask = rows(20, N)
     order = halton_order(N).expand(2, N)
     for r in decode(tokens, mask, decoder="halton", total_iter=5)[:-1]:
@@ -304,54 +227,6 @@ def test_senseless_options_are_refused(options, words):
         decode(*rows(5, 20), **options)
 
 
-# ---- the engine: MaskGIT.complete ----
-
-
-@pytest.fixture(scope="module")
-def model() -> MaskGIT:
-    """Its predictions are far from uniform."""
-    model = small_model(32, dict(codebook_size=64), embed_dim=32, depth=2, mlp_dim=64)
-    with torch.no_grad():
-        for parameter in model.transformer.parameters():
-            parameter.mul_(3)
-    return model
-
-
-def pictures(count: int) -> tuple[Tensor, Tensor]:
-    """Pictures in [-1, 1], each with a box of its own to be filled: row i has i + 1 tokens' height."""
-    image = torch.rand(count, 3, 32, 32, generator=rng()) * 2 - 1
-    mask = torch.zeros(count, 1, 32, 32)
-    for i in range(count):
-        mask[i, :, 4 : 8 + 4 * i, 5:27] = 1
-    return image, mask
-
-
-def test_codes_are_told_apart_in_float32(model):
-    image, mask = pictures(4)
-    tokens, pixels = torch.full((4, 64), model.mask_token_id), model.pixels_of(image, mask)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        half = model.masked_logits(tokens, pixels)
-    assert half.dtype == torch.float32
-    assert not torch.equal(half, half.bfloat16().float())    # not rounded to 8 bits, which would tie codes
-    full = model.masked_logits(tokens, pixels)
-    assert (half.argmax(-1) == full.argmax(-1)).float().mean() > 0.97
-
-
-def test_precision_is_an_option(model):
-    image, mask = pictures(3)
-    seeds, options = range(3), dict(total_iter=1, temperature=0)
-    plain = model.complete(image, mask, seeds, **options)
-    single = model.complete(image, mask, seeds, precision="fp32", **options)
-    half = model.complete(image, mask, seeds, precision="bf16", **options)
-    with torch.autocast("cpu", torch.bfloat16):
-        around = model.complete(image, mask, seeds, **options)
-        inside = model.complete(image, mask, seeds, precision="fp32", **options)
-    assert torch.equal(single.images, plain.images) and torch.equal(inside.images, plain.images)
-    assert torch.equal(around.images, half.images) and not torch.equal(half.images, plain.images)
-    assert half.images.dtype == torch.float32
-    assert (half.rounds[0].tokens == plain.rounds[0].tokens).float().mean() > 0.9
-
-
 def test_the_noise_in_the_order_falls_with_the_rounds():
     N, K, T, c = 36, 8, 3, 4.5
     table = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
@@ -367,3 +242,53 @@ def test_the_noise_in_the_order_falls_with_the_rounds():
         least = order.masked_fill(~masked, float("inf")).argsort()[:left]
         masked = torch.zeros(N, dtype=torch.bool).index_fill(0, least, True)
         assert torch.equal(rounds[t - 1].masked[0], masked)
+
+
+# ---- schedules ----
+
+
+CLOSED_FORMS = {
+    "cosine": {1 / 3: math.sqrt(3) / 2, 0.5: math.sqrt(0.5), 2 / 3: 0.5},
+    "linear": {0.25: 0.75, 0.5: 0.5, 0.9: 0.1},
+    "square": {0.25: 15 / 16, 0.5: 0.75, 0.9: 0.19},
+    "sqrt": {0.04: 0.8, 0.25: 0.5, 0.81: 0.1},
+    "cubic": {0.25: 63 / 64, 0.5: 0.875, 0.9: 0.271},
+    "arccos": {0.5: 2 / 3, math.sqrt(0.5): 0.5, math.sqrt(3) / 2: 1 / 3},
+}
+POWER = {"linear": 1, "square": 2, "cubic": 3}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_closed_forms_exact_ends_and_a_fall_between(schedule):
+    points = CLOSED_FORMS[schedule]
+    r = torch.tensor(list(points), dtype=torch.float64)
+    torch.testing.assert_close(gamma(schedule, r), torch.tensor(list(points.values()), dtype=torch.float64))
+    assert gamma(schedule, 0.25).item() == gamma(schedule, torch.tensor([[0.25]])).item()
+    assert gamma(schedule, torch.zeros(2, 3)).shape == (2, 3) and gamma(schedule, 0).dtype == torch.float64
+    ratio = gamma(schedule, torch.linspace(0, 1, 1001, dtype=torch.float64))
+    assert ratio[0] == 1 and ratio[-1] == 0
+    assert (ratio.diff() < 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SCHEDULES), st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(1, 40))
+def test_plan_falls_to_zero(schedule, holes, total_iter):
+    plan = mask_plan(schedule, torch.tensor(holes), total_iter)
+    assert plan.dtype == torch.int64 and plan.shape == (len(holes), total_iter)
+    before = torch.cat([torch.tensor(holes).unsqueeze(1), plan[:, :-1]], dim=1)
+    assert ((plan < before) | ((before == 0) & (plan == 0))).all()
+    assert (plan >= 0).all() and not plan[:, -1].any()
+    for row, hole in zip(plan, holes, strict=True):    # each row as if it were alone
+        assert torch.equal(row, mask_plan(schedule, torch.tensor([hole]), total_iter)[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(POWER)), st.integers(0, 300), st.integers(1, 40))
+def test_plan_is_the_floor_of_the_schedule(schedule, hole, total_iter):
+    """Against whole-number arithmetic, which has no rounding: floor((1 - (t/T)^p) n) = (T^p - t^p) n // T^p."""
+    left, power = hole, POWER[schedule]
+    plan = mask_plan(schedule, torch.tensor([hole]), total_iter)[0]
+    for t in range(1, total_iter + 1):
+        share = (total_iter**power - t**power) * hole // total_iter**power
+        left = max(0, min(share, left - 1))
+        assert plan[t - 1] == left

@@ -167,7 +167,7 @@ def mutations(good: bytes, count: int) -> Iterator[bytes]:
         yield bytes(content)
 
 
-def test_fuzzed_checkpoints_load_or_are_refused(setting, tmp_path):
+def test_fuzzed_checkpoints_and_models_load_or_are_refused(setting, tmp_path):
     """300 mutations, the checksum renewed for half of them, so that what comes after it meets them too."""
     path, loaded = tmp_path / "fuzz.pt", 0
     for i, content in enumerate(mutations(setting.vqgan.read_bytes()[:-40], 300)):
@@ -176,10 +176,7 @@ def test_fuzzed_checkpoints_load_or_are_refused(setting, tmp_path):
             load_vqgan(str(path))
             loaded += 1
     assert loaded < 150    # those whose numbers changed, nothing else
-
-
-def test_fuzzed_models_load_or_are_refused(tmp_path):
-    """100 mutations of the header, which holds names, shapes and the config; a file of weights has no checksum."""
+    # Of a model the header alone, which holds names, shapes and the config; a file of weights has no checksum.
     path = tmp_path / "fuzz.safetensors"
     good = save_model(path, 16).read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")

@@ -57,7 +57,7 @@ def test_inception_features_are_pytorch_fids(inception, inception_file, tmp_path
     assert (inception.frechet_name, inception.kernel_name) == ("FID", "KID") and "not the official" in inception.note
 
 
-def test_a_hash_in_the_weights_name_must_be_the_files(inception_file, tmp_path):
+def test_weights_whose_hash_or_content_is_not_what_the_name_says_are_refused(inception_file, tmp_path):
     own = hashlib.sha256(inception_file.read_bytes()).hexdigest()[:8]
     right, wrong = tmp_path / f"inception-{own}.pth", tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     for path in (right, wrong):
@@ -65,9 +65,6 @@ def test_a_hash_in_the_weights_name_must_be_the_files(inception_file, tmp_path):
     assert load_features("inception", inception_weights=right).sha256.startswith(own)
     with pytest.raises(UserError, match=f"promises sha256 6726825d.*its content has {own}"):
         load_features("inception", inception_weights=wrong)
-
-
-def test_files_that_are_not_inceptions_weights_are_refused(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     for name, words in (("other.pth", "does not hold the weights"), ("text.pth", "is not a PyTorch file"),
@@ -110,14 +107,11 @@ def colour(tmp_path_factory) -> Path:
     return make_onnx(tmp_path_factory.mktemp("onnx") / "colour.onnx", ("B", 3, "H", "W"), name="MeanColour")
 
 
-def test_onnx_features_are_the_networks(colour):
+def test_onnx_features_are_the_networks_of_pictures_resized_to_a_fixed_input(colour, tmp_path):
     images = random_images(3)
     network = load_features(colour)
     assert network.dims == 3 and network.note is None
     torch.testing.assert_close(network(images), images.double().mean((2, 3)) / 255, rtol=1e-5, atol=0)
-
-
-def test_pictures_are_resized_with_antialiasing_to_a_fixed_input(tmp_path):
     network = load_features(
         make_onnx(tmp_path / "n.onnx", (1, 3, 8, 8), pool="AveragePool", kernel_shape=[2, 2], strides=[2, 2])
     )
@@ -127,7 +121,7 @@ def test_pictures_are_resized_with_antialiasing_to_a_fixed_input(tmp_path):
     torch.testing.assert_close(network(images), F.avg_pool2d(small, 2).flatten(1).double(), rtol=1e-4, atol=1e-5)
 
 
-def test_onnx_scores_carry_the_networks_name_and_never_inceptions(tmp_path, colour):
+def test_onnx_scores_carry_the_networks_name_and_files_that_do_not_fit_are_refused(tmp_path, colour, monkeypatch):
     shape = ("B", 3, "H", "W")
     exported = make_onnx(tmp_path / "my_net.onnx", shape)                   # a name that the exporter invented
     graph = make_onnx(tmp_path / "b.onnx", shape, graph="TinyNet")
@@ -138,9 +132,6 @@ def test_onnx_scores_carry_the_networks_name_and_never_inceptions(tmp_path, colo
     assert load_features(exported, name="InceptionV3").frechet_name == "FD-InceptionV3"
     with pytest.raises(UserError, match="always called FID"):
         load_features("inception", name="Mine")
-
-
-def test_onnx_files_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     (tmp_path / "text.onnx").write_text("not a network")
     make_onnx(tmp_path / "four.onnx", (4, 3, "H", "W"))
     make_onnx(tmp_path / "gray.onnx", ("B", 1, "H", "W"))

@@ -1,24 +1,20 @@
 """The finish: the decoder alone learns, from sampled tokens; and what runs may begin from."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
+from small_sets import assert_equal_in_half
 from tiny_runs import metrics, train_all
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.finish
 import training_finish
 import training_transformer
 from models.maskgit import MaskGIT
-from pictures import holes
 from training import finish_losses, sampled_batches
 from training.checkpoints import load_checkpoint
 from training.finish import FinishConfig, FinishRun
 from training.finish_models import load_model
-from training.masks import MaskSource
 from training.options import load_sections
-from training.pictures_by_step import FolderPictures
 from training.processes import start_accelerator
 from training.stopping import NotFinite
 from training.weights import load_vqgan
@@ -74,19 +70,22 @@ def partial_run(**parts) -> FinishRun:
 # ---- what it does ----
 
 
-def test_the_decoder_alone_changes(runs):
+def test_the_decoder_alone_changes_and_a_deeper_one_begins_as_the_one_it_was(runs):
     before = MaskGIT.from_pretrained(runs / "maskgit/maskgit.safetensors").state_dict()
     after = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("vqgan.decoder.") for name in changed)
     assert after.keys() - before.keys() == {"vqgan.decoder.from_context.weight"}
     assert after["vqgan.decoder.from_context.weight"].abs().max() > 0    # it began at zero
-
-
-def test_without_a_context_nothing_is_added(runs, tmp_path):
-    finish(runs, tmp_path / "out", "--set", "train_finish.context=false", "--epochs", "1")
-    model = MaskGIT.from_pretrained(tmp_path / "out/maskgit.safetensors")
-    assert model.vqgan.config.context_dim == 0 and model.vqgan.decoder.from_context is None
+    path = runs / "finish/maskgit.safetensors"
+    config = FinishConfig(decoder_blocks=[2, 1, 3])
+    before, (model, _), (again, _) = MaskGIT.from_pretrained(path), *(load_model(str(path), None, config) for _ in "ab")
+    assert model.vqgan.config.decoder_blocks == [len(stage) for stage in model.vqgan.decoder.stages] == [2, 1, 3]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    tokens = torch.randint(64, (4, 64), generator=torch.Generator().manual_seed(0))
+    image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mask = (torch.arange(32) < 20).float().expand(4, 1, 32, 32)
+    assert torch.equal(model.decode(tokens, image, mask), before.decode(tokens, image, mask))
 
 
 def test_it_resumes_where_it_stopped(runs, tmp_path):
@@ -129,20 +128,13 @@ def test_samples_serve_for_several_epochs(runs, tmp_path, monkeypatch):
         return batch
 
     monkeypatch.setattr(training.finish, "prepare", watched)
-    finish(runs, tmp_path / "out", "--set", "train_finish.reuse=2")
+    finish(runs, tmp_path / "out", "--set", "train_finish.reuse=2", "train_finish.context=false",
+           "train_finish.plain_share=1")
     for one, other, alike in ((0, 1, True), (1, 2, False), (2, 3, True)):
         assert [torch.equal(a, b) for a, b in zip(seen[one], seen[other], strict=True)] == [alike] * 3
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_only_pictures_with_true_tokens_may_be_wholly_unknown(share):
-    config = FinishConfig(batch_size=8, sampled_share=0.5, plain_share=share)
-    pictures = FolderPictures(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), 8, seed=0, rank=0, processes=1)
-    parts = {"accelerator": SimpleNamespace(process_index=0, num_processes=1), "masks": MaskSource(holes, holes)}
-    drawn = sampled_batches.draw_batch(partial_run(config=config, pictures=pictures, **parts), 0)
-    unknown = drawn.mask.flatten(1).all(1)
-    assert unknown[:4].tolist() == [share == 1] * 4 and not unknown[4:].any()
-    assert drawn.mask[4:].flatten(1).any(1).all() and len(set(drawn.seeds)) == 8
+    true, unknown = FinishConfig(batch_size=16).true_pictures, seen[0][1].flatten(1).all(1)
+    assert unknown[:true].all() and not unknown[true:].any()    # with their true tokens, the others never
+    assert MaskGIT.from_pretrained(tmp_path / "out/maskgit.safetensors").vqgan.decoder.from_context is None
 
 
 # ---- losses ----
@@ -168,10 +160,7 @@ def test_each_term_has_a_weight_of_its_own(runs, tmp_path):
         {name: first[name] / usual[name] for name in names}, rel=1e-4
     )
     assert other["loss"] == pytest.approx(sum(other[name] for name in names), rel=1e-4)
-
-
-def test_a_second_network_teaches_the_decoder(runs, tmp_path):
-    """There is nothing else to learn from."""
+    # There is nothing else to learn from.
     finish(runs, tmp_path / "out", "--epochs", "2", *second(runs), "--set", *(f"train_finish.{name}=0" for name in TERMS))
     lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
     assert len(lines) == 2 and all(line["gradient_norm"] > 0 for line in lines)
@@ -215,34 +204,6 @@ def test_a_step_that_is_not_finite_changes_nothing(runs, tmp_path, monkeypatch):
 # ---- CUDA graphs ----
 
 
-class Reading(TorchDispatchMode):
-    """Notes every operation that a GPU would have to be waited for, or whose result's shape its values decide."""
-
-    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "index.Tensor", "unique", "bincount")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function).removeprefix("aten.")
-        self.found += [name] if name.startswith(self.OPERATIONS) else []
-        return function(*args, **kwargs or {})
-
-
-def test_the_gradients_are_found_without_reading_a_number_back(runs, tmp_path):
-    """So that a CUDA graph can hold them. Making the batch does read: there the same watch finds something."""
-    run = built_run(runs, tmp_path, "cpu", "--set", "train_finish.accum_grad=2")
-    with Reading() as reading:
-        batch = run.batch(0)
-    assert reading.found
-    with Reading() as reading:
-        terms = training.finish.gradients(run, *batch)
-    assert reading.found == []
-    assert {*TERMS, "second_perceptual", "loss", "discriminator"} <= terms.keys()
-    assert all(x.grad is not None for part in (run.decoder, *run.discriminators) for x in part.parameters())
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_step_is_the_step(runs, tmp_path):
     run = built_run(runs, tmp_path, "cuda", "--capture")
@@ -277,12 +238,6 @@ def test_it_refuses_in_a_sentence(runs, tmp_path, monkeypatch, more, word):
     assert caught.value.user_error
 
 
-def test_it_does_not_write_over_a_run_or_what_it_reads(runs, tmp_path):
-    for folder, more in (("finish", []), ("maskgit", []), ("vqgan", []), ("vqgan", ["--resume", "auto"])):
-        with pytest.raises(UserError, match=folder):
-            finish(runs, runs / folder, *more)
-
-
 def go_on(runs, script, output, section, *argv) -> MaskGIT:
     """Two epochs of a training that begins from a finished model, at a rate that leaves half precision as it is."""
     slow = ["--epochs", "2", "--set", f"{section}.learning_rate=1e-12"]
@@ -290,58 +245,35 @@ def go_on(runs, script, output, section, *argv) -> MaskGIT:
     return MaskGIT.from_pretrained(output / "maskgit.safetensors")
 
 
-def equal_in_half(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name].half(), other[name].half()) for name in one)
-
-
-def test_a_finished_model_is_finished_further_with_its_discriminators(runs, tmp_path):
+def test_a_finished_model_is_finished_further_or_given_stage_1_anew(runs, tmp_path):
     """Without --vqgan, from the decoder that it has, features of the transformer included."""
     argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
     argv += ["--discriminators", runs / "finish/last.pt"]
     slow = ["--set", "train_finish.discriminator_rate=1e-12", "train_finish.feature_discriminator_rate=1e-12"]
     model = go_on(runs, training_finish, tmp_path / "out", "train_finish", *argv, *slow)
     finished = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
-    assert equal_in_half(model.state_dict(), finished.state_dict())
+    assert_equal_in_half(model.state_dict(), finished.state_dict())
     before, after = (load_checkpoint(x / "last.pt", FinishRun.KIND) for x in (runs / "finish", tmp_path / "out"))
     for part in ("discriminator", "feature_discriminator"):
         weights = {n: x for n, x in before[part].items() if not n.endswith(("_u", "_v"))}    # the norms' vectors turn on
         assert all(torch.allclose(after[part][name], value, atol=1e-6) for name, value in weights.items())
     with pytest.raises(UserError, match="context"):
         go_on(runs, training_finish, tmp_path / "b", "train_finish", *argv, "--set", "train_finish.context=false")
-
-
-def test_given_stage_1_a_finished_model_begins_anew(runs, tmp_path):
-    argv = ["--model", runs / "finish/maskgit.safetensors", "--perceptual-weights", runs / "features.safetensors"]
-    model = go_on(runs, training_finish, tmp_path / "out", "train_finish", *argv, "--vqgan", runs / "vqgan/last.pt")
+    anew = go_on(runs, training_finish, tmp_path / "c", "train_finish", *argv[:4], "--vqgan", runs / "vqgan/last.pt")
     stage1 = load_checkpoint(runs / "vqgan/last.pt", "vqgan-training")["ema"]
-    assert equal_in_half({n: x for n, x in model.vqgan.state_dict().items() if "from_context" not in n}, stage1)
-    assert model.vqgan.decoder.from_context.weight.abs().max() < 1e-6    # zero but for the tiny steps
+    assert_equal_in_half({n: x for n, x in anew.vqgan.state_dict().items() if "from_context" not in n}, stage1)
+    assert anew.vqgan.decoder.from_context.weight.abs().max() < 1e-6    # zero but for the tiny steps
 
 
-def test_a_deeper_decoder_begins_as_the_one_it_was(runs):
-    path = runs / "finish/maskgit.safetensors"
-    config = FinishConfig(decoder_blocks=[2, 1, 3])
-    before, (model, _), (again, _) = MaskGIT.from_pretrained(path), *(load_model(str(path), None, config) for _ in "ab")
-    assert model.vqgan.config.decoder_blocks == [len(stage) for stage in model.vqgan.decoder.stages] == [2, 1, 3]
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-    tokens = torch.randint(64, (4, 64), generator=torch.Generator().manual_seed(0))
-    image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    mask = (torch.arange(32) < 20).float().expand(4, 1, 32, 32)
-    assert torch.equal(model.decode(tokens, image, mask), before.decode(tokens, image, mask))
-
-
-def test_stage_2_goes_on_from_a_finished_model(runs, tmp_path):
+def test_stage_2_goes_on_from_a_finished_model_that_fits(runs, tmp_path):
     """Another dropout is no other architecture. The decoder's input for the transformer's features is left out."""
     finished = runs / "finish/maskgit.safetensors"
     argv = ["--vqgan", finished, "--init", finished, "--set", "transformer.dropout=0.3"]
     model = go_on(runs, training_transformer, tmp_path / "out", "train_transformer", *argv)
     before = MaskGIT.from_pretrained(finished)
     assert model.transformer.config.dropout == 0.3 and before.vqgan.config.context_dim > 0
-    assert equal_in_half(model.transformer.state_dict(), before.transformer.state_dict())
+    assert_equal_in_half(model.transformer.state_dict(), before.transformer.state_dict())
     assert load_vqgan(str(finished)).config.context_dim == model.vqgan.config.context_dim == 0
-
-
-def test_stage_2_refuses_to_go_on_from_what_does_not_fit(runs, tmp_path):
     other = MaskGIT.from_pretrained(runs / "finish/maskgit.safetensors")
     other.vqgan.codebook.embedding.weight.data[0] += 1
     other.save_file(tmp_path / "other.safetensors")

@@ -2,7 +2,6 @@
 import io
 import os
 import struct
-import tarfile
 import zlib
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
-from small_sets import save_pixels
+from small_sets import save_pixels, write_tar
 
 from pictures.files import find_images, pair
 from pictures.images import read_image, read_picture, write_completed, write_pixels
-from pictures.masks import check_hole, read_mask
+from pictures.masks import read_mask
 from pictures.shards import count_pictures, is_shards, open_shards
 from utils import Parser, UserError
 
@@ -61,23 +60,26 @@ def test_depth_and_channels_are_kept(tmp_path, channels, dtype):
     assert after.extras.get("icc_profile") == (None if channels < 3 else PROFILE)
 
 
-def test_16_bit_colours_are_read_as_another_reader_reads_them(tmp_path):
+def test_an_erased_hole_becomes_visible(tmp_path):
+    pixels = noise(4)
+    pixels[~KNOWN, 3] = 0
+    write_pixels(tmp_path / "a.png", pixels)
+    _, after = completed(tmp_path / "a.png")
+    assert (after.pixels[~KNOWN, 3] == 255).all() and np.array_equal(after.pixels[KNOWN], pixels[KNOWN])
+
+
+def test_16_bit_colours_are_read_as_another_reader_reads_them_and_transparent_ones(tmp_path):
     cv2 = pytest.importorskip("cv2")
     pixels = noise(3, np.uint16)
     for name in ("a.png", "a.tif", "b.tif"):    # BGR; the second TIFF is not compressed
         cv2.imwrite(str(tmp_path / name), pixels[:, :, ::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 1] if name == "b.tif" else [])
         assert np.array_equal(read_picture(tmp_path / name).pixels, pixels)
+    large, options = noise(3, np.uint16, 300, 200), [cv2.IMWRITE_TIFF_COMPRESSION, 1, cv2.IMWRITE_TIFF_ROWSPERSTRIP, 32]
+    cv2.imwrite(str(tmp_path / "strips.tif"), large[:, :, ::-1], options)
+    assert np.array_equal(read_picture(tmp_path / "strips.tif").pixels, large)
     write_pixels(tmp_path / "ours.png", pixels)
     assert np.array_equal(cv2.imread(str(tmp_path / "ours.png"), cv2.IMREAD_UNCHANGED)[:, :, ::-1], pixels)
     assert read_image(tmp_path / "ours.png").permute(1, 2, 0).numpy() == pytest.approx(pixels / 257, abs=0.51)
-
-
-def test_16_bit_tiff_of_many_strips_and_transparent_colours(tmp_path):
-    cv2 = pytest.importorskip("cv2")
-    pixels = noise(3, np.uint16, 300, 200)
-    options = [cv2.IMWRITE_TIFF_COMPRESSION, 1, cv2.IMWRITE_TIFF_ROWSPERSTRIP, 32]
-    cv2.imwrite(str(tmp_path / "a.tif"), pixels[:, :, ::-1], options)
-    assert np.array_equal(read_picture(tmp_path / "a.tif").pixels, pixels)
     for channels in (1, 3):    # tRNS: the first pixel's colour is transparent
         pixels = noise(channels, np.uint16)
         write_pixels(tmp_path / "key.png", pixels)
@@ -88,28 +90,11 @@ def test_16_bit_tiff_of_many_strips_and_transparent_colours(tmp_path):
         assert np.array_equal(read[..., :-1], pixels) and (read[..., -1] == 0).sum() == 1 and read[0, 0, -1] == 0
 
 
-def test_an_erased_hole_becomes_visible(tmp_path):
-    pixels = noise(4)
-    pixels[~KNOWN, 3] = 0
-    write_pixels(tmp_path / "a.png", pixels)
-    _, after = completed(tmp_path / "a.png")
-    assert (after.pixels[~KNOWN, 3] == 255).all() and np.array_equal(after.pixels[KNOWN], pixels[KNOWN])
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "avif", "png", "tif"])
 def test_colour_profiles_are_kept(tmp_path, suffix):
     Image.fromarray(noise()).save(tmp_path / f"a.{suffix}", icc_profile=PROFILE)
     before, after = completed(tmp_path / f"a.{suffix}")
     assert after.extras["icc_profile"] == PROFILE and np.array_equal(after.pixels[KNOWN], before.pixels[KNOWN])
-
-
-def test_large_profiles_and_comments_don_t_make_a_file_unreadable(tmp_path):
-    text = PngImagePlugin.PngInfo()
-    text.add_text("comment", "x" * 5_000_000, zip=True)
-    big = PROFILE[:128] + bytes(3_000_000)
-    Image.fromarray(noise()).save(tmp_path / "a.png", icc_profile=big, pnginfo=text)
-    _, after = completed(tmp_path / "a.png")
-    assert after.extras["icc_profile"] == big
 
 
 def test_exif_is_kept_but_orientation_and_thumbnail(tmp_path):
@@ -137,7 +122,7 @@ def test_exif_is_kept_but_orientation_and_thumbnail(tmp_path):
     assert before.lost == [] and after.lost == []
 
 
-def test_odd_exif_entries_leave_the_orientation_alone(tmp_path):
+def test_odd_exif_entries_large_profiles_and_comments_do_no_harm(tmp_path):
     """Resolutions of n/0 and 0/0, and data that is no EXIF at all."""
     entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x011A, 5, 1, struct.pack("<I", 38))]
     odd = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(struct.pack("<HHI", *e[:3]) + e[3] for e in entries)
@@ -146,6 +131,12 @@ def test_odd_exif_entries_leave_the_orientation_alone(tmp_path):
         Image.fromarray(noise(height=W, width=H)).save(tmp_path / f"{name}.jpg", exif=b"Exif\0\0" + exif)
         assert read_picture(tmp_path / f"{name}.jpg").pixels.shape[:2] == shape
     assert read_picture(tmp_path / "none.jpg").lost
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 5_000_000, zip=True)
+    big = PROFILE[:128] + bytes(3_000_000)
+    Image.fromarray(noise()).save(tmp_path / "a.png", icc_profile=big, pnginfo=text)
+    _, after = completed(tmp_path / "a.png")
+    assert after.extras["icc_profile"] == big
 
 
 @pytest.mark.parametrize("bits, compression", [(1, None), (8, None), (8, "tiff_lzw"), (16, None), (16, "tiff_lzw")])
@@ -188,7 +179,7 @@ def test_two_levels_are_black_and_white(tmp_path, capsys, low, high, dtype):
     assert ("levels" in capsys.readouterr().err) == (high != np.iinfo(dtype).max or low > 0)
 
 
-def test_masks_with_a_palette_and_of_one_bit(tmp_path):
+def test_masks_with_a_palette_of_one_bit_and_of_one_level(tmp_path):
     palette = Image.fromarray(KNOWN.astype(np.uint8), mode=None).convert("P")
     palette.putpalette([0, 0, 0, 128, 0, 0])    # as segmentation data sets have it
     palette.save(tmp_path / "palette.png")
@@ -196,9 +187,6 @@ def test_masks_with_a_palette_and_of_one_bit(tmp_path):
     Image.fromarray(KNOWN).save(tmp_path / "bit.tif")
     for name in ("palette.png", "bit.png", "bit.tif"):
         assert torch.equal(read_mask(tmp_path / name), HOLE), name
-
-
-def test_nothing_but_the_upper_level_is_white_and_two_whites_are_white(tmp_path):
     ones = save_pixels(tmp_path / "ones.png", np.ones((H, W), np.uint8))
     whites = save_pixels(tmp_path / "whites.png", np.where(KNOWN, 255, 254).astype(np.uint8))
     assert not read_mask(ones).any() and not read_mask(whites).any()
@@ -226,7 +214,7 @@ def test_the_hole_in_the_alpha_channel(tmp_path, capsys, colour, clear_colour, c
     assert "alpha" in capsys.readouterr().err
 
 
-def test_a_picture_with_the_hole_cut_out_and_a_mask_on_clear(tmp_path):
+def test_a_picture_with_the_hole_cut_out_a_mask_on_clear_and_a_photograph(tmp_path):
     cut = np.concatenate([noise(), np.where(KNOWN, 255, 0)[..., None].astype(np.uint8)], axis=2)
     assert torch.equal(read_mask(save_pixels(tmp_path / "cut.png", cut)), HOLE)
     gray = np.where(KNOWN, 255, 0).astype(np.uint8)
@@ -236,24 +224,11 @@ def test_a_picture_with_the_hole_cut_out_and_a_mask_on_clear(tmp_path):
     assert torch.equal(read_mask(mask), HOLE)
     opaque = save_pixels(tmp_path / "opaque.png", np.stack([gray, gray, gray, np.full_like(alpha, 255)], axis=2))
     assert torch.equal(read_mask(opaque), HOLE)
-
-
-def test_a_photograph_is_no_mask(tmp_path):
     with pytest.raises(UserError, match="photograph.*swapped"):
         read_mask(save_pixels(tmp_path / "a.png", noise(height=64, width=64)))
     soft = Image.fromarray(np.where(KNOWN, 255, 0).astype(np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
     soft.save(tmp_path / "soft.jpg", quality=60)
     assert 0.05 < read_mask(tmp_path / "soft.jpg").float().mean() < 0.2
-
-
-def test_a_very_large_hole_is_told(tmp_path, capsys):
-    path = Path(save_pixels(tmp_path / "a.png", np.where(KNOWN, 0, 255).astype(np.uint8)))
-    check_hole(read_mask(path), path, "black", (H, W), "a.png")
-    assert "--mask-hole white" in capsys.readouterr().err
-    check_hole(read_mask(path, "white"), path, "white", (H, W), "a.png")
-    assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match="whole picture.*--mask-hole white"):
-        check_hole(HOLE | True, path, "black", (H, W), "a.png")
 
 
 # ---- which files are pictures, and which belong together ----
@@ -323,15 +298,6 @@ def test_accents_composed_or_not_and_names_that_are_no_utf_8(tmp_path):
 # ---- shards ----
 
 
-def shard(path: Path, files: dict[str, bytes], mode: str = "w") -> str:
-    with tarfile.open(path, mode) as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
-
-
 def png() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(noise()).save(buffer, "PNG")
@@ -343,7 +309,7 @@ def png() -> bytes:
     (["0.jpg", "0.mask.png"], "one sample"), (["0.txt"], "no picture"),
 ])
 def test_samples_that_hold_not_one_picture_are_refused_with_the_cause(tmp_path, files, word):
-    pattern = shard(tmp_path / "a.tar", dict.fromkeys(files, png()))
+    pattern = write_tar(tmp_path / "a.tar", dict.fromkeys(files, png()))
     for read in (count_pictures, lambda path: list(open_shards(path, 8))):
         with pytest.raises(UserError, match=word) as error:
             read(pattern)
@@ -354,7 +320,7 @@ def test_dots_in_single_names_and_compressed_shards_are_read(tmp_path):
     pytest.importorskip("webdataset")
     files = {"a.v1.png": png(), "a.json": b"{}", "b.PNG": png()}
     for name, mode in (("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz")):
-        path = shard(tmp_path / name, files, mode)
+        path = write_tar(tmp_path / name, files, mode)
         assert is_shards(path) and count_pictures(path) == 2 and len(list(open_shards(path, 8, seed=None))) == 2
     data = (tmp_path / "a.tar.gz").read_bytes()
     (tmp_path / "a.tar.gz").write_bytes(data[: len(data) // 2])

@@ -1,10 +1,14 @@
-"""Both stages together: masks, the transformer's two inputs, the frozen VQGAN, what training hides."""
+"""models/transformer.py, and both stages together: masks, the transformer's two inputs, the frozen VQGAN, what is hidden."""
 import pytest
 import torch
+import torch.nn.functional as F
 from small_sets import small_model
+from torch import nn
 
+from models.attention import count_parameters
 from models.local_autoencoder import condition
 from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask
+from models.transformer import BidirectionalTransformer, TransformerConfig
 from pictures.holes import random_holes
 from training.speed import padded_positions
 from training.token_batches import draw_masks
@@ -21,14 +25,11 @@ def holes(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
     return random_holes(count, size, torch.Generator().manual_seed(seed))
 
 
-def test_one_hole_pixel_masks_its_token_and_no_other():
+def test_one_hole_pixel_masks_its_token_and_patches_hold_nothing_of_the_hole():
     for y, x in ((0, 0), (3, 4), (15, 15), (7, 8)):
         mask = torch.zeros(1, 1, 16, 16)
         mask[0, 0, y, x] = 1
         assert pixel_to_token_mask(mask, 4).nonzero().tolist() == [[0, y // 4 * 4 + x // 4]]
-
-
-def test_patch_pixels_holds_each_patch_and_nothing_of_the_hole():
     image, mask = torch.rand(2, 3, 16, 16) + 1, holes(2)    # no pixel is 0
     got = patch_pixels(image, mask, 4).view(2, 4, 4, 4, 16)    # (B, h, w, RGB + hole, 16)
     for i, j in ((0, 0), (1, 3), (2, 2)):
@@ -63,12 +64,34 @@ def test_the_vqgan_is_frozen_and_stays_in_evaluation_mode():
     assert all(p.grad is not None for name, p in model.transformer.named_parameters())
 
 
-def test_the_loss_is_the_cross_entropy_of_the_hidden_tokens():
+def test_the_loss_is_the_cross_entropy_of_the_hidden_tokens_and_others_cost_nothing():
     model = tiny().eval()
     tokens, masked, pixels = torch.randint(0, 32, (3, 16)), torch.rand(3, 16) < 0.5, torch.rand(3, 16, 64)
     log_p = model.transformer(torch.where(masked, 32, tokens), pixels).log_softmax(-1)
     expected = torch.stack([-log_p[b, n, tokens[b, n]] for b, n in masked.nonzero().tolist()])
     torch.testing.assert_close(model(tokens, masked, pixels), expected)
+    model = tiny().train()
+    tokens, masked, pixels = torch.randint(0, 32, (3, 16)), torch.arange(48).view(3, 16) < 31, torch.rand(3, 16, 64)
+    losses = model(tokens, masked, pixels)
+    padded = model(tokens, masked, pixels, positions=padded_positions(masked))
+    assert len(padded) == 33 > len(losses) == 31
+    assert torch.equal(padded[len(losses) :], torch.zeros(len(padded) - len(losses)))
+    torch.testing.assert_close(padded[: len(losses)], losses)
+    found = []
+    for loss in (losses.sum(), padded.sum()):
+        model.zero_grad()
+        loss.backward()
+        found.append([p.grad.clone() for p in model.transformer.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_codes_are_told_apart_in_float32():
+    model = tiny().eval()
+    known = model.known(torch.rand(3, 3, 16, 16) * 2 - 1, holes(3))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model.masked_logits(known.tokens, known.pixels)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())    # not rounded to 8 bits, which would tie codes
 
 
 def test_a_compiled_loss_is_the_same_and_traced_once(traced):
@@ -89,22 +112,6 @@ def test_a_compiled_loss_is_the_same_and_traced_once(traced):
     assert graphs[0] == graphs[2] > 0 and MaskGIT.losses in traced
 
 
-def test_places_that_are_not_masked_cost_nothing():
-    model = tiny().train()
-    tokens, masked, pixels = torch.randint(0, 32, (3, 16)), torch.arange(48).view(3, 16) < 31, torch.rand(3, 16, 64)
-    losses = model(tokens, masked, pixels)
-    padded = model(tokens, masked, pixels, positions=padded_positions(masked))
-    assert len(padded) == 33 > len(losses) == 31
-    assert torch.equal(padded[len(losses) :], torch.zeros(len(padded) - len(losses)))
-    torch.testing.assert_close(padded[: len(losses)], losses)
-    found = []
-    for loss in (losses.sum(), padded.sum()):
-        model.zero_grad()
-        loss.backward()
-        found.append([p.grad.clone() for p in model.transformer.parameters()])
-    torch.testing.assert_close(*found)
-
-
 # ---- what training hides ----
 
 
@@ -120,16 +127,13 @@ def test_hidden_tokens_lie_inside_the_hole_and_are_never_none(shares):
     assert (masked & ~inside).sum() == 0 and masked.any(1).all()
 
 
-def test_the_reference_hides_a_uniform_number_of_tokens_anywhere():
+def test_how_many_tokens_are_hidden_anywhere_and_of_an_unknown_picture():
     drawn, masked, inside = masks(hole_share=0.0, full_share=0.0)
     assert torch.equal(masked, inside)    # hidden tokens show no pixel either, and nothing else is a hole
     assert torch.equal(drawn, masked.view(-1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3))
     counts = torch.bincount(masked.sum(1), minlength=17)
     assert counts[0] == 0 and (counts[1:] > 5).all()    # 25 each on average
     assert (masked.float().mean(0) - 17 / 32).abs().max() < 0.08    # every place alike
-
-
-def test_an_unknown_picture_hides_a_share_gamma_of_its_tokens():
     drawn, masked, _ = masks(hole_share=0.0, full_share=1.0, mask_schedule="linear")
     assert drawn.all()
     # gamma(r) = 1 - r with r uniform: ceil(share * 16) is uniform on 1..16
@@ -161,7 +165,7 @@ def listening() -> MaskGIT:
     return model
 
 
-def test_the_context_is_the_transformers_view_with_the_whole_hole_masked():
+def test_the_context_is_the_transformers_view_and_hides_what_the_hole_hides():
     model, image, mask = listening(), torch.rand(3, 3, 16, 16) * 2 - 1, holes(3)
     known = model.known(image, mask)
     assert torch.equal(known.hidden, pixel_to_token_mask(mask, 4))
@@ -170,18 +174,12 @@ def test_the_context_is_the_transformers_view_with_the_whole_hole_masked():
     torch.testing.assert_close(model.transformer.logits(known.context), logits)
     torch.testing.assert_close(model.masked_logits(known.tokens, known.pixels, known.context), logits[known.hidden])
     assert tiny().eval().known(image, mask).context is None
-
-
-def test_the_context_matters_and_hides_what_the_hole_hides():
     model, image, mask = listening(), torch.rand(2, 3, 16, 16) * 2 - 1, holes(2)
     tokens = model.vqgan.encode(image)
     decoded = model.decode(tokens, image, mask)
     assert not torch.allclose(decoded, model.vqgan.decode(tokens, image, mask).clamp(-1, 1))
     for hidden in (7.0, float("nan")):
         assert torch.equal(model.decode(tokens, image.masked_fill(mask, hidden), mask), decoded)
-
-
-def test_where_nothing_is_known_there_is_no_context():
     model, image, mask = listening(), torch.rand(2, 3, 16, 16) * 2 - 1, holes(2)
     mask[0] = True
     tokens = model.vqgan.encode(image)
@@ -204,3 +202,111 @@ def test_a_guess_counts_in_the_hole_alone_and_where_it_is_one():
     assert not condition(image, hole, True)[:, 4:].any()
     with pytest.raises(ValueError, match="guess"):
         condition(image, hole, False, torch.cat([colours, given], 1))
+
+
+# ---- the transformer ----
+
+
+SMALL = dict(codebook_size=11, seq_len=9, embed_dim=16, depth=2, num_heads=2, mlp_dim=32)
+
+
+def transformer(**options) -> BidirectionalTransformer:
+    torch.manual_seed(0)
+    return BidirectionalTransformer(TransformerConfig(**(SMALL | options))).eval()
+
+
+def lively(**options) -> BidirectionalTransformer:
+    """Weights so large that everything that can have an effect has a visible one."""
+    model = transformer(**options)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+def tokens(batch: int = 3, mask_token: bool = True) -> torch.Tensor:
+    out = torch.randint(11, (batch, 9), generator=torch.Generator().manual_seed(2))
+    if mask_token:
+        out[:, ::2] = 11
+    return out
+
+
+def test_reference_setting_has_the_published_size():
+    with torch.device("meta"):
+        assert count_parameters(BidirectionalTransformer(TransformerConfig())) == 72_745_472
+
+
+def test_pixels_are_taken_if_and_only_if_the_model_has_them():
+    x, pixels = tokens(), torch.randn(3, 9, 4)
+    with pytest.raises(ValueError, match="must not be given"):
+        transformer()(x, pixels)
+    with pytest.raises(ValueError, match="must be given"):
+        transformer(pixel_dim=4)(x)
+    model = lively(pixel_dim=4)
+    seen = torch.autograd.grad(model(x, pixels.requires_grad_())[:, 0].sum(), pixels)[0]
+    assert (seen.abs().sum(-1) > 0).all()
+
+
+def test_initial_weights():
+    """BERT's rule; a pre-norm block's two outputs are 1 / sqrt(2 depth) of a post-norm one's, drawn from the same seed."""
+    post, pre = transformer(pre_norm=False, depth=8), transformer(pre_norm=True, depth=8)
+    state = pre.state_dict()
+    for name, value in post.state_dict().items():
+        scale = 0.25 if name.endswith(("attention.proj.weight", "mlp.2.weight")) else 1.0
+        torch.testing.assert_close(state[name], scale * value)
+        if name.endswith(".bias") or name == "bias":
+            assert not value.any()
+    assert abs(post.blocks[0].mlp[0].weight.std() - 0.02) < 0.002 and abs(post.pos_embed.std() - 0.02) < 0.004
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_block_and_head_by_formula(pre_norm):
+    """One block: x + attention(x), then x + W2 gelu(W1 x), normalised before or after; the head as in BERT."""
+    model = lively(pre_norm=pre_norm, depth=1)
+    block, x = model.blocks[0], torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3))
+    (w1, b1), (w2, b2) = ((layer.weight, layer.bias) for layer in (block.mlp[0], block.mlp[2]))
+
+    def mlp(x):
+        return F.gelu(x @ w1.T + b1) @ w2.T + b2
+
+    if pre_norm:
+        y = x + block.attention(block.norm1(x))
+        y = y + mlp(block.norm2(y))
+    else:
+        y = block.norm1(x + block.attention(x))
+        y = block.norm2(y + mlp(y))
+    torch.testing.assert_close(block(x), y, rtol=1e-5, atol=1e-5)
+
+    given = model.embed_norm(model.token_embed(tokens()) + model.pos_embed)
+    hidden = F.gelu(model.head[0](model.final_norm(block(given))))
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    hidden = centred / centred.pow(2).mean(-1, keepdim=True).sqrt() * model.head[2].weight + model.head[2].bias
+    expected = (hidden @ model.token_embed.weight.T + model.bias)[..., :-1]
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["embedding", "attention", "mlp"])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_dropout_is_in_every_place(pre_norm, place):
+    model, x = lively(pre_norm=pre_norm, depth=1, dropout=0.5, attention_dropout=0.0).train(), tokens()
+    block = model.blocks[0]
+    if place == "embedding":
+        block.dropout.p = 0.0
+    else:
+        model.dropout.p = 0.0
+        silent = block.mlp[2] if place == "attention" else block.attention.proj
+        nn.init.zeros_(silent.weight), nn.init.zeros_(silent.bias)    # nothing to drop there
+    torch.manual_seed(0)
+    assert not torch.allclose(model(x), model(x))
+    model.dropout.p = block.dropout.p = 0.0
+    assert torch.allclose(model(x), model(x))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("codebook_size", 0), ("seq_len", 0), ("embed_dim", -1), ("depth", 0), ("num_heads", 0), ("mlp_dim", 0),
+    ("dropout", 1.0), ("attention_dropout", -0.1), ("pixel_dim", -1), ("num_heads", 3), ("dropout", float("nan")),
+    ("depth", "2"), ("dept", 2),
+])
+def test_config_refuses_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        TransformerConfig(**(SMALL | {name: value}))

@@ -1,4 +1,4 @@
-"""models/perceptual.py: features as the libraries' networks give them, distances in closed form, files that don't fit."""
+"""models/perceptual.py and models/discriminator.py: features as the libraries give them, closed forms, bad files."""
 
 import pytest
 import timm
@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
+from torch import nn
 
+from models.discriminator import FeatureDiscriminator, PatchDiscriminator, feature_matching, hinge_loss, mean_score
 from models.perceptual import (
     TAPS,
     TYPICAL_STEP,
@@ -16,7 +18,6 @@ from models.perceptual import (
     perceptual_distance,
     seam_gap,
 )
-from pictures.images import read_image, to_float
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def pictures(count: int = 2, size: int = 32, seed: int = 1) -> torch.Tensor:
 # ---- features ----
 
 @torch.no_grad()
-def test_features_are_torchvisions_scaled_to_unit_length(features, network):
+def test_features_are_torchvisions_scaled_to_unit_length_at_every_scale(features, network, weights):
     image, taps = pictures(), TAPS["squeezenet1_1"]
     x = torchvision.transforms.functional.normalize((image + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     out = features(image)
@@ -52,10 +53,6 @@ def test_features_are_torchvisions_scaled_to_unit_length(features, network):
     for tap, feature in zip(taps, out, strict=True):
         expected = network.features[: tap + 1](x.clone())
         torch.testing.assert_close(feature, expected / expected.norm(dim=1, keepdim=True).clamp_min(1e-6))
-
-
-@torch.no_grad()
-def test_every_scale_sees_the_picture_so_many_times_as_large(features, weights):
     image, both = pictures(), PerceptualFeatures("squeezenet1_1", weights, [1, 2])
     expected = features(image) + features(F.interpolate(image, scale_factor=2, mode="bilinear"))
     torch.testing.assert_close(both(image), expected, rtol=1e-4, atol=1e-5)
@@ -106,17 +103,6 @@ def test_efficientnet_taps_are_the_ends_of_its_last_four_stages(efficientnet, tm
         torch.testing.assert_close(feature, stage / stage.norm(dim=1, keepdim=True).clamp_min(1e-6), rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_a_layout_changes_how_a_network_computes_and_not_what(efficientnet, tmp_path):
-    save_file(efficientnet.state_dict(), tmp_path / "net.safetensors")
-    network = PerceptualFeatures("tf_efficientnet_lite0", tmp_path / "net.safetensors")
-    image = pictures(1, 64)
-    before = network(image)
-    for one, other in zip(before, network.place(torch.device("cpu"))(image), strict=True):
-        assert other.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
 class Malicious:
     def __init__(self, path) -> None:
         self.path = path
@@ -146,32 +132,11 @@ def test_files_that_do_not_fit_are_refused_in_a_sentence(network, tmp_path):
         refused(f"text{suffix}", "can't be read")
 
 
-def test_real_weights_mind_a_blur_more_than_a_shade(shared):
-    """What a mean square error can't tell: of two changes of the same size, the one that takes the texture away is worse."""
-    features = PerceptualFeatures("squeezenet1_1", shared / "weights" / "squeezenet1_1_features.safetensors")
-    files = sorted((shared / "data" / "catface64" / "test" / "image").iterdir())[:4]
-    image = torch.stack([to_float(read_image(file)) for file in files])
-    blurred = torchvision.transforms.functional.gaussian_blur(image, [9, 9])
-    shaded = image - (blurred - image).pow(2).mean((1, 2, 3), keepdim=True).sqrt()
-    original = features(image)
-    blur, shade = (perceptual_distance(original, features(x)) for x in (blurred, shaded))
-    assert (blur > 2 * shade).all() and (shade > 0).all()
-
-
 # ---- perceptual distance ----
 
-def test_distance_closed_form():
+
+def test_distance_closed_form_with_and_without_weights():
     """Orthogonal unit vectors are sqrt(2) apart: 2 at each position where they differ, 1 on average with half of them."""
-    one, two = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
-    one[:, 0], two[:, 0] = 1, 1
-    two[:, :, 0] = torch.tensor([0, 1, 0, 0]).view(1, 4, 1)
-    assert perceptual_distance([one], [two]) == 1
-    assert perceptual_distance([one, one], [two, one]) == 0.5    # averaged over depths
-    with pytest.raises(ValueError, match="shorter"):
-        perceptual_distance([one, one], [two])
-
-
-def test_weighted_distance_looks_where_it_is_told():
     one, two = torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2)
     one[:, 0], two[:, 0] = 1, 1
     two[:, :, 0] = torch.tensor([0, 1, 0, 0]).view(1, 4, 1)       # they differ in the upper row
@@ -186,6 +151,10 @@ def test_weighted_distance_looks_where_it_is_told():
     each = torch.cat([upper[:1], lower[:1]])                      # a hole of its own for each picture
     assert perceptual_distance([one], [two], each.bool()).tolist() == [2, 0]
     assert torch.equal(perceptual_distance([one], [two], 0 * upper), torch.zeros(2))    # nothing to look at
+    assert perceptual_distance([one], [two]).tolist() == [1, 1]
+    assert perceptual_distance([one, one], [two, one]).tolist() == [0.5, 0.5]    # averaged over depths
+    with pytest.raises(ValueError, match="shorter"):
+        perceptual_distance([one, one], [two])
 
 
 # ---- Laplacian pyramid ----
@@ -196,15 +165,12 @@ def checkerboard(size: int, cell: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("levels", [0, 1, 2, 3])
-def test_constant_difference_is_left_to_the_coarsest_level(levels):
+def test_constant_difference_and_checkerboard_are_left_to_one_level(levels):
     a = pictures(2, 16)
     torch.testing.assert_close(laplacian_distance(a, a + 0.5, levels), torch.tensor(0.5 / 2**levels), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("levels", [1, 2, 3])
-def test_finest_checkerboard_is_left_to_the_finest_level(levels):
     board = 0.3 * checkerboard(16, 1)
-    torch.testing.assert_close(laplacian_distance(board, 0 * board, levels), torch.tensor(0.3))
+    if levels:    # left to the finest level
+        torch.testing.assert_close(laplacian_distance(board, 0 * board, levels), torch.tensor(0.3))
 
 
 def frame(size: int, side: int) -> torch.Tensor:
@@ -214,7 +180,7 @@ def frame(size: int, side: int) -> torch.Tensor:
     return hole
 
 
-def test_the_seam_gap_compares_mean_steps_across_the_rim():
+def test_the_seam_gap_compares_mean_steps_across_the_rim_alone():
     hole, flat = frame(8, 4), torch.zeros(1, 3, 8, 8)
     image, output = flat + 0.4 * hole, flat + 0.6 * hole        # 16 steps of 0.4, and of 0.6
     assert seam_gap(output, image, hole).item() == pytest.approx((0.2 / TYPICAL_STEP) ** 2, rel=1e-5)
@@ -223,9 +189,6 @@ def test_the_seam_gap_compares_mean_steps_across_the_rim():
     half[..., 2:6, 2:4] = 0.2                                   # half of the steps 0.2 lower ...
     half[..., 2:6, 4:6] = 0.6                                   # ... and half of them 0.2 higher
     assert seam_gap(half, image, hole).item() == pytest.approx(0.0, abs=1e-9)
-
-
-def test_the_seam_gap_looks_at_the_rim_alone():
     hole, image = frame(8, 4), torch.zeros(1, 3, 8, 8)
     output = image.clone()
     output[..., 3:5, 3:5] = 1.0            # inside, not touching the rim
@@ -242,12 +205,88 @@ def test_the_detail_gap_looks_inside_the_hole_alone():
     assert detail_gap(output, image, hole).item() == 0
     output[..., 3, 3] = 1.0                # inside: 4 of 24 steps, each of 0.5
     assert detail_gap(output, image, hole).item() == pytest.approx((4 * 0.5 / 24 / TYPICAL_STEP) ** 2, rel=1e-5)
-
-
-def test_a_hole_of_single_pixels_has_no_inside():
     holes = torch.zeros(2, 1, 6, 6)
     holes[0, 0, ::2, ::2] = 1
     output = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     gap = detail_gap(output, torch.zeros(2, 3, 6, 6), holes)
     gap.sum().backward()
     assert gap.tolist() == [0, 0] and output.grad.abs().max() == 0
+
+
+# ---- discriminators ----
+
+
+def discriminator(**options) -> PatchDiscriminator:
+    torch.manual_seed(0)
+    return PatchDiscriminator(**(dict(channels=8) | options))
+
+
+def noise(size: int = 64) -> torch.Tensor:
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def maps() -> list[torch.Tensor]:
+    """Feature maps of two pictures, each position of unit length."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((16, 9), (32, 5))
+    return [nn.functional.normalize(torch.randn(2, c, s, s, generator=generator), dim=1) for c, s in sizes]
+
+
+def feature_discriminator() -> FeatureDiscriminator:
+    torch.manual_seed(0)
+    return FeatureDiscriminator([16, 32], channels=8)
+
+
+def test_a_judge_on_every_feature_map_scores_each_picture_alone_and_changes_no_norm():
+    model, features = feature_discriminator(), maps()
+    scores = model(features)
+    assert [tuple(x.shape) for x in scores] == [(2, 1, 9, 9), (2, 1, 5, 5)]
+    alone = model([x[1:] for x in features])
+    assert all(torch.allclose(x[1:], y, atol=1e-6) for x, y in zip(scores, alone, strict=True))
+    model, features = feature_discriminator(), maps()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model(features)
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    for _ in range(300):
+        model.renew_norms()
+    assert not model.training
+    for layer in (x for x in model.modules() if isinstance(x, nn.Conv2d)):
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("real, fake, expected", [
+    ([1.0, 2.0], [-1.0, -9.0], 0.0), ([0.0], [0.0], 1.0), ([-1.0], [1.0], 2.0), ([0.5, 2.0], [-2.0, 0.0], 0.375),
+    ([1.0], [1.0], 1.0), ([-2.0], [-2.0], 1.5),
+])
+def test_hinge_loss(real, fake, expected):
+    assert hinge_loss(torch.tensor(real), torch.tensor(fake)) == expected
+
+
+def test_scores_outside_the_hole_do_not_count():
+    hole = torch.zeros(2, 1, 16, 16)
+    hole[0, :, 4:8, 4:8] = 1                    # one score of 4 x 4
+    hole[1, :, :8, :6] = 1                      # two whole ones and two halves
+    scores = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    own = scores[1, 0]
+    second = (own[0, 0] + own[1, 0] + own[0, 1] / 2 + own[1, 1] / 2) / 3
+    assert mean_score(scores, hole).allclose((scores[0, 0, 1, 1] + second) / 2)
+    other = torch.where(hole[:, :, ::4, ::4].bool(), scores, 99.0)
+    assert mean_score(other, hole) == mean_score(scores, hole)
+    assert hinge_loss(other, other, hole) == hinge_loss(scores, scores, hole) != hinge_loss(scores, scores)
+    scores = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert mean_score(scores, torch.ones(2, 1, 64, 64)).allclose(scores.mean()) and mean_score(scores) == scores.mean()
+    assert mean_score(scores, torch.zeros(2, 1, 64, 64)) == 0
+
+
+def test_feature_matching_closed_form_pulls_the_fake_side_only():
+    a = [torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 2, 2)]
+    b = [torch.full((1, 2, 4, 4), 3.0), torch.full((1, 4, 2, 2), -1.0)]
+    assert feature_matching(a, b) == 2 and feature_matching(b, b) == 0
+    with pytest.raises(ValueError, match="shorter"):
+        feature_matching(a, b[:1])
+    model = discriminator()
+    real, fake = noise().requires_grad_(), (noise() * 0.5).requires_grad_()
+    loss = feature_matching(model(fake)[1], model(real)[1])
+    assert loss > 0
+    on_fake, on_real = torch.autograd.grad(loss, (fake, real), allow_unused=True)
+    assert on_fake.abs().sum() > 0 and on_real is None

@@ -1,4 +1,6 @@
-"""pictures/: finding, pairing, reading, writing, masks, folders, views."""
+"""pictures/: finding, pairing, reading, writing, masks, folders, views, holes."""
+from collections import Counter
+from itertools import product
 from pathlib import Path
 from threading import Event
 
@@ -8,13 +10,16 @@ import torch
 from PIL import Image
 from small_sets import rng, save_pixels, smooth_picture
 
-from pictures.ahead import read_ahead, write_behind
+from pictures.ahead import write_behind
 from pictures.files import find_images, pair
 from pictures.folders import load_folder, read_square
+from pictures.hard_holes import CORNER, SHARES, hard_hole
+from pictures.holes import BOX_SHARE, random_holes, random_walks
 from pictures.images import read_image, to_float, to_uint8, write_image
 from pictures.masks import read_mask
+from pictures.own_masks import load_masks
 from pictures.views import COLOUR, MAX_MOVE, MAX_TURN, ZOOM, Views, random_views, take_views
-from utils import UserError
+from utils import UserError, seeded
 
 
 def read_hwc(path: Path) -> np.ndarray:
@@ -80,7 +85,7 @@ def test_alpha_is_composited_on_white(tmp_path, mode):
     assert clear == [255, 255, 255]
 
 
-def test_transparent_palette_and_colour_key_are_white(tmp_path):
+def test_transparent_palette_and_colour_key_are_white_and_pixels_without_a_range_are_refused(tmp_path):
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
@@ -88,20 +93,6 @@ def test_transparent_palette_and_colour_key_are_white(tmp_path):
     assert read_image(tmp_path / "palette.png")[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "key.png", transparency=(1, 2, 3))
     assert read_image(tmp_path / "key.png").flatten().tolist() == [255, 255, 255]
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_16_bit_gray_is_scaled_not_clipped(tmp_path, name):
-    levels = np.array([[0, 128, 129, 255, 256, 257, 32768, 65278, 65535]], dtype=np.uint16)
-    save_pixels(tmp_path / name, levels)
-    expected = np.rint(levels / 257).astype(int)[0].tolist()
-    assert expected[-1] == 255 and expected[3] == 1
-    assert read_image(tmp_path / name)[:, 0].tolist() == [expected] * 3
-    Image.frombytes("I;16B", (9, 1), levels.astype(">u2").tobytes()).save(tmp_path / "big_endian.tif")
-    assert read_image(tmp_path / "big_endian.tif")[:, 0].tolist() == [expected] * 3
-
-
-def test_pixels_without_a_defined_range_are_refused(tmp_path):
     save_pixels(tmp_path / "float.tif", np.zeros((2, 2), dtype=np.float32))
     save_pixels(tmp_path / "int.tif", np.array([[70000]], dtype=np.int32))
     for name in ("float.tif", "int.tif"):
@@ -121,13 +112,6 @@ def test_exif_orientation_is_applied(tmp_path, orientation, turn):
     assert np.array_equal(read_hwc(tmp_path / "a.png"), turn(pixels))
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
-def test_an_animation_gives_its_first_frame(tmp_path, name):
-    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
-    assert read_image(tmp_path / name)[:, 0, 0].tolist() == [255, 0, 0]
-
-
 # ---- masks ----
 
 
@@ -142,16 +126,7 @@ def test_gray_levels_are_cut_at_128_with_a_notice(tmp_path, capsys):
 # ---- values and writing ----
 
 
-def test_float_and_back_is_exact_for_all_values():
-    values = torch.arange(256, dtype=torch.uint8)
-    x = to_float(values)
-    assert x.dtype == torch.float32 and x[0] == -1 and x[-1] == 1
-    assert torch.equal(to_uint8(x), values)
-    assert torch.equal(to_uint8(x.double()), values)
-    assert to_uint8(torch.tensor([-3.0, 3.0, 0.49 / 127.5 - 1, 0.51 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
-
-
-def test_write_image_reads_back_and_leaves_nothing_else(tmp_path):
+def test_write_image_reads_back_exactly_and_leaves_nothing_else(tmp_path):
     image = torch.randint(256, (3, 6, 4), dtype=torch.uint8, generator=rng())
     path = tmp_path / "new" / "a.png"
     write_image(path, image)
@@ -160,18 +135,15 @@ def test_write_image_reads_back_and_leaves_nothing_else(tmp_path):
     with pytest.raises(UserError, match="a.jpg"):
         write_image(path.with_suffix(".jpg"), image)
     assert list(path.parent.iterdir()) == [path]
+    values = torch.arange(256, dtype=torch.uint8)
+    x = to_float(values)
+    assert x.dtype == torch.float32 and x[0] == -1 and x[-1] == 1
+    assert torch.equal(to_uint8(x), values)
+    assert torch.equal(to_uint8(x.double()), values)
+    assert to_uint8(torch.tensor([-3.0, 3.0, 0.49 / 127.5 - 1, 0.51 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
 
 
 # ---- folders ----
-
-
-def test_load_folder_is_sorted_and_exact_at_the_same_size(tmp_path):
-    pixels = {stem: smooth_picture(seed, 16, 16) for seed, stem in enumerate("cab")}
-    for stem, value in pixels.items():
-        save_pixels(tmp_path / f"{stem}.png", value)
-    images = load_folder(tmp_path, 16)
-    assert images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16)
-    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack([pixels[stem] for stem in "abc"]))
 
 
 @pytest.mark.parametrize("height, width, rows, columns", [(16, 21, slice(0, 16), slice(2, 18)),
@@ -182,47 +154,21 @@ def test_the_centre_is_cut_without_resampling(tmp_path, height, width, rows, col
     assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels[rows, columns])
 
 
-def test_shrinking_is_antialiased(tmp_path):
+def test_shrinking_is_antialiased_and_a_folder_of_bad_pictures_alone_is_refused(tmp_path):
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255    # without antialiasing some columns would come out black or white
     image = read_square(save_pixels(tmp_path / "a.png", stripes), 8).int()
     assert (image - 128).abs().max() < 16
-
-
-def test_a_folder_of_bad_pictures_alone_is_refused(tmp_path):
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "bad.png").write_text("no picture")
     with pytest.raises(UserError, match="bad.png"):
-        load_folder(tmp_path, 8, bad_images="skip")
+        load_folder(tmp_path / "all", 8, bad_images="skip")
 
 
 # ---- ahead and behind ----
 
 
-def test_reading_ahead_keeps_the_order_and_meets_bad_files_in_time():
-    def read(item: int) -> int:
-        if item == 7:
-            raise UserError("seven is bad")
-        return item * item
-
-    skipped: list[str] = []
-    for budget in (1, 3, 100):
-        skipped.clear()
-        got = list(read_ahead(read, range(10), lambda item: 1, budget, lambda error: skipped.append(str(error))))
-        assert got == [(i, i * i) for i in range(10) if i != 7] and skipped == ["seven is bad"]
-        before = []
-        with pytest.raises(UserError, match="seven"):
-            for item, _ in read_ahead(read, range(10), lambda item: 1, budget):
-                before.append(item)
-        assert len(before) == (0 if budget == 100 else 7)
-
-
 def test_writing_behind_raises_what_went_wrong():
-    written: list[int] = []
-    with write_behind(budget=2) as write:
-        for i in range(9):
-            write(1, written.append, i)
-    assert written == list(range(9))
-
     late = Event()
 
     def fail() -> None:
@@ -250,7 +196,7 @@ def view(angle: float = 0.0, move: float = 0.0, colour=(0.0, 1.0, 1.0)) -> Views
     return Views(torch.tensor([True]), place, torch.tensor([colour]))
 
 
-def test_a_share_of_the_pictures_is_seen_otherwise_and_the_others_bit_for_bit():
+def test_a_share_of_the_pictures_is_seen_otherwise_within_limits_and_the_others_bit_for_bit():
     image = smooth_pictures(64)
     views = random_views(64, 0.5, rng())
     seen = take_views(image, views)
@@ -260,6 +206,14 @@ def test_a_share_of_the_pictures_is_seen_otherwise_and_the_others_bit_for_bit():
     again = random_views(64, 0.5, rng())
     assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
     assert not random_views(64, 0.0, rng()).changed.any()
+    views = random_views(1000, 1.0, rng())
+    size = torch.linalg.det(views.place[:, :, :2]).sqrt()    # of the part that is seen
+    assert 1 / ZOOM[1] - 1e-4 < size.min() < size.max() < 1 / ZOOM[0] + 1e-4
+    turn = torch.rad2deg(torch.atan2(views.place[:, 1, 0], views.place[:, 0, 0]))
+    assert 0.9 * MAX_TURN < turn.abs().max() <= MAX_TURN + 1e-3
+    assert 0.9 < views.place[:, :, 2].abs().max() / (2 * MAX_MOVE) <= 1
+    unchanged = torch.tensor([0.0, 1.0, 1.0])
+    assert ((views.colour - unchanged).abs() <= torch.tensor(COLOUR) + 1e-6).all()
 
 
 def test_what_a_view_does():
@@ -276,12 +230,106 @@ def test_what_a_view_does():
     assert torch.allclose(gray, image.mean(1, keepdim=True).expand_as(image), atol=1e-5)
 
 
-def test_views_stay_within_their_limits():
-    views = random_views(1000, 1.0, rng())
-    size = torch.linalg.det(views.place[:, :, :2]).sqrt()    # of the part that is seen
-    assert 1 / ZOOM[1] - 1e-4 < size.min() < size.max() < 1 / ZOOM[0] + 1e-4
-    turn = torch.rad2deg(torch.atan2(views.place[:, 1, 0], views.place[:, 0, 0]))
-    assert 0.9 * MAX_TURN < turn.abs().max() <= MAX_TURN + 1e-3
-    assert 0.9 < views.place[:, :, 2].abs().max() / (2 * MAX_MOVE) <= 1
-    unchanged = torch.tensor([0.0, 1.0, 1.0])
-    assert ((views.colour - unchanged).abs() <= torch.tensor(COLOUR) + 1e-6).all()
+# ---- holes ----
+
+
+# ---- random holes ----
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 31, 64])
+def test_every_random_mask_has_a_hole_and_a_known_pixel(size):
+    count = 20_000 // size
+    holes = random_holes(count, size, rng())
+    assert holes.dtype == torch.bool and holes.shape == (count, 1, size, size)
+    assert holes.flatten(1).any(1).all() and (~holes).flatten(1).any(1).all()
+
+
+def test_random_holes_are_a_function_of_the_generator_and_some_are_boxes_or_strokes():
+    g = rng(3)
+    first, second = random_holes(20, 16, g), random_holes(20, 16, g)
+    assert not torch.equal(first, second)
+    torch.manual_seed(7)    # the global generator plays no part
+    assert torch.equal(random_holes(20, 16, rng(3)), first)
+    assert not torch.equal(random_holes(20, 16, rng(4)), first)
+    holes = random_holes(2000, 32, rng())[:, 0]
+    rows, columns = holes.any(2), holes.any(1)
+    full = (holes == (rows[:, :, None] & columns[:, None])).flatten(1).all(1)                  # a product of two sets...
+    box = full & (rows.int().diff().abs().sum(1) <= 2) & (columns.int().diff().abs().sum(1) <= 2)    # ...each an interval
+    assert box.float().mean() == pytest.approx(BOX_SHARE, abs=0.03)
+    around = torch.nn.functional.avg_pool2d(holes[~box].float(), 3, 1, count_include_pad=False, padding=1)
+    single = (holes[~box] & (around < 0.3)).flatten(1).any(1)    # walks have tips, strokes have none
+    assert 1 - single.float().mean() > 0.05
+
+
+def test_walks_have_the_law_of_a_walk_that_stays_at_the_border():
+    """All 4 * 4**3 walks of 3 steps (0.8 * 4 pixels) in a 2x2 picture, counted, against 20,000 drawn ones."""
+    expected = Counter()
+    for start, *moves in product(range(4), *[((0, 1), (0, -1), (1, 0), (-1, 0))] * 3):
+        y, x = divmod(start, 2)
+        seen = set()
+        for dy, dx in moves:
+            y, x = min(max(y + dy, 0), 1), min(max(x + dx, 0), 1)
+            seen.add(2 * y + x)
+        expected[sum(1 << cell for cell in seen)] += 1 / 4**4
+    count = 20_000
+    codes = (random_walks(count, 2, rng()).flatten(1).int() << torch.arange(4)).sum(1)
+    drawn = Counter(codes.tolist())
+    assert set(drawn) == set(expected)
+    for code, p in expected.items():
+        assert abs(drawn[code] - count * p) < 4.5 * (count * p * (1 - p)) ** 0.5
+
+
+# ---- large holes ----
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 65), (3, 50)])
+def test_hard_holes_hide_half_or_more_and_leave_something(size):
+    shares = []
+    for i in range(60):
+        hole = hard_hole(*size, seeded("test", i))
+        assert hole.shape == (1, *size) and hole.dtype == torch.bool and hole.any() and not hole.all()
+        assert torch.equal(hole, hard_hole(*size, seeded("test", i)))
+        shares.append(hole.float().mean().item())
+    if min(size) > 10:
+        expected = torch.tensor([*SHARES, 1 - CORNER**2])
+        nearest = (torch.tensor(shares)[:, None] - expected).abs()
+        assert nearest.amin(1).max() < 0.02 and nearest.argmin(1).bincount().min() >= 5
+
+
+# ---- one's own masks ----
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A point in a large mask, a bar in a narrow one, a square in one smaller than a window. Black is the hole."""
+    kinds = ("a", (300, 200), (150, 80, 151, 81)), ("b", (20, 90), (0, 40, 20, 44)), ("c", (8, 8), (2, 2, 6, 6))
+    for name, size, hole in kinds:
+        mask = Image.new("L", size, 255)
+        mask.paste(0, hole)
+        mask.save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def test_every_draw_from_ones_own_masks_has_a_hole_and_something_known(folder):
+    masks = load_masks(str(folder))
+    whole, (windows, deep) = masks.random_holes(60, 16, seeded(1)), masks.window_holes(60, 16, seeded(2))
+    for holes in (whole, windows):
+        assert holes.shape == (60, 1, 16, 16)
+        assert holes.dtype == torch.bool
+        assert holes.flatten(1).any(1).all()
+    assert not whole.flatten(1).all(1).any()
+    assert torch.equal(deep, windows.float().mean((1, 2, 3)) > 0.5)
+    masks = load_masks(str(folder))
+    assert torch.equal(masks.window_holes(9, 16, seeded(5))[0], masks.window_holes(9, 16, seeded(5))[0])
+    assert not torch.equal(masks.random_holes(9, 16, seeded(5)), masks.random_holes(9, 16, seeded(6)))
+    masks = load_masks(str(folder))
+    point = masks.masks[0]
+    assert point.sum() == 1
+    assert masks.random_holes(60, 16, seeded(0)).flatten(1).sum(1).min() == 1
+
+
+@pytest.mark.parametrize("gray, word", [(0, "all hole"), (255, "without a hole")])
+def test_a_mask_of_one_kind_is_refused_by_name(folder, gray, word):
+    Image.fromarray(np.full((9, 9), gray, np.uint8)).save(folder / "z.png")
+    with pytest.raises(UserError, match=f"z.png.*{word}"):
+        load_masks(str(folder))

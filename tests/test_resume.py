@@ -1,7 +1,6 @@
 """A run that was stopped or killed, and resumed, is the uninterrupted run, bit for bit. Anything else is refused."""
 
 import os
-import shutil
 import signal
 
 import pytest
@@ -85,14 +84,6 @@ def test_resume_from_a_file_in_a_new_folder(whole, setting, tmp_path):
     assert (tmp_path / "b" / "best.pt").exists()    # the best from there on
 
 
-def test_a_finished_run_has_nothing_left_to_do(whole, setting):
-    stage, folder = whole
-    before = (folder / "last.pt").read_bytes(), metrics(folder)
-    child = succeed(stage, setting.argv(stage, folder, "--resume", "auto"))
-    assert ((folder / "last.pt").read_bytes(), metrics(folder)) == before
-    assert "finished" in child.text and "--init" in child.text    # how to train on
-
-
 def test_accumulation_may_change_on_the_way(whole, setting, tmp_path):
     """Other micro-batches, same batch: equal up to rounding. Dropout would draw other numbers, so it is off."""
     stage, _ = whole
@@ -120,7 +111,7 @@ def test_precision_is_that_of_the_machine_unless_it_is_given(whole, setting, tmp
     assert second[:3] == pytest.approx(first[:3], rel=0.05) and second[:3] != first[:3]
 
 
-def test_what_is_no_continuation_is_refused(whole, setting):
+def test_what_is_no_continuation_is_refused_and_a_finished_run_has_nothing_left_to_do(whole, setting):
     stage, folder = whole
     width = "encoder_width" if stage == "vqgan" else "mlp_dim"
     before = (folder / "last.pt").read_bytes()
@@ -132,22 +123,16 @@ def test_what_is_no_continuation_is_refused(whole, setting):
         (["--resume", "nowhere.pt"], "nowhere.pt"),
     ):
         refused(run(stage, setting.argv(stage, folder, *flags)), word)
+    refused(run(stage, setting.argv(stage, setting.train)), "pictures")
     assert (folder / "last.pt").read_bytes() == before
+    stage, folder = whole
+    before = (folder / "last.pt").read_bytes(), metrics(folder)
+    child = succeed(stage, setting.argv(stage, folder, "--resume", "auto"))
+    assert ((folder / "last.pt").read_bytes(), metrics(folder)) == before
+    assert "finished" in child.text and "--init" in child.text    # how to train on
 
 
-def test_the_folder_of_another_stage_is_left_alone(setting, tmp_path):
-    """Stage 2 in the folder of its own stage 1, and in the one of the pictures."""
-    folder = tmp_path / "one"
-    folder.mkdir()
-    shutil.copy(setting.vqgan, folder / "last.pt")
-    for resume in ([], ["--resume", "auto"], ["--resume", str(folder / "last.pt")]):
-        refused(run("transformer", setting.argv("transformer", folder, *resume)), str(folder))
-    assert [path.name for path in folder.iterdir()] == ["last.pt"]
-    assert (folder / "last.pt").read_bytes() == setting.vqgan.read_bytes()
-    refused(run("vqgan", setting.argv("vqgan", setting.train)), "pictures")
-
-
-def test_another_set_of_as_many_pictures_is_no_continuation_unless_allowed(setting, tmp_path):
+def test_another_set_of_as_many_pictures_or_another_vqgan_is_no_continuation_unless_allowed(setting, tmp_path):
     run("vqgan", setting.argv("vqgan", tmp_path / "a"), kill_at(3))
     argv = setting.argv("vqgan", tmp_path / "a", "--resume", "auto")
     other = write_pictures(tmp_path / "other", 24, seed=5)
@@ -157,6 +142,12 @@ def test_another_set_of_as_many_pictures_is_no_continuation_unless_allowed(setti
     refused(run("vqgan", other_val), "validation pictures")
     child = succeed("vqgan", [*changed, "--allow-changes"])
     assert "other training pictures" in child.text
+    argv = setting.argv("transformer", tmp_path / "a", "--token-cache", str(tmp_path / "t"))
+    run("transformer", argv, kill_at(3))
+    state = load_checkpoint(setting.vqgan, "vqgan-training")
+    state["ema"]["decoder.from_code.bias"] += 1    # same tokens, another decoder
+    save_checkpoint(tmp_path / "other.pt", state)
+    refused(run("transformer", [*argv, "--resume", "auto", "--vqgan", str(tmp_path / "other.pt")]), "--vqgan")
 
 
 def test_perceptual_weights_may_not_go(setting, tmp_path):
@@ -174,15 +165,6 @@ def test_perceptual_weights_may_not_go(setting, tmp_path):
     before = (tmp_path / "a" / "last.pt").read_bytes()
     refused(run("vqgan", [*argv, "--resume", "auto"]), "perceptual weights")
     assert (tmp_path / "a" / "last.pt").read_bytes() == before
-
-
-def test_another_vqgan_is_no_continuation(setting, tmp_path):
-    argv = setting.argv("transformer", tmp_path / "a", "--token-cache", str(tmp_path / "t"))
-    run("transformer", argv, kill_at(3))
-    state = load_checkpoint(setting.vqgan, "vqgan-training")
-    state["ema"]["decoder.from_code.bias"] += 1    # same tokens, another decoder
-    save_checkpoint(tmp_path / "other.pt", state)
-    refused(run("transformer", [*argv, "--resume", "auto", "--vqgan", str(tmp_path / "other.pt")]), "--vqgan")
 
 
 def test_tokens_stay_frozen_after_a_resume(setting, tmp_path):

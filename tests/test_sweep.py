@@ -3,18 +3,16 @@ import csv
 import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from small_sets import mean_colours, weighted_l1, write_set
+from small_sets import mean_colours, refusal, weighted_l1, write_set
 
 import inpainting
 from evaluation import sweeps
 from evaluation.distances import frechet_distance
 from evaluation.metrics import paired_metrics, summarise
 from pictures.folders import load_folder
-from pictures.images import read_image, write_image
+from pictures.images import write_image
 from pictures.masks import read_mask
 from tools import figures, sweep
 from utils import UserError
@@ -33,13 +31,6 @@ def arguments(folder: Path, output: Path, *extra: object) -> list[str]:
 def results(output: Path) -> list[dict]:
     with open(output / "results.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def refused(argv: list) -> str:
-    with pytest.raises(ValueError) as error:
-        sweep.main([str(arg) for arg in argv])
-    assert getattr(error.value, "user_error", False)
-    return str(error.value)
 
 
 # ---- decodes and scores ----
@@ -89,28 +80,18 @@ def test_rounds_by_need_are_those_of_inpainting_without_total_iter(small_set, tm
     assert float(need["paired FD-Colour"]) == pytest.approx(expected, rel=1e-4)
     assert "by need" in (tmp_path / "sweep" / "results.md").read_text()
     assert (tmp_path / "sweep" / "rounds_need.png").exists() and (tmp_path / "sweep" / "score_over_total_iter.png").exists()
-    assert "reference" in refused([*arguments(small_set, tmp_path / "no", *options), "--decoder", "reference"])
+    assert "reference" in refusal(sweep.main, *arguments(small_set, tmp_path / "no", *options), "--decoder", "reference")
 
 
-def test_the_whole_decode_is_scored_without_paste(small_set, tmp_path):
-    sweep.main(arguments(small_set, tmp_path, *SMALL, "--no-paste"))
-    assert all(float(row["known_changed"]) > 0.5 for row in results(tmp_path))
-
-
-def test_clean_pictures_are_their_own_ground_truth(small_set, tmp_path):
-    """The same scores, so nothing of what clean pictures hold in their holes is shown to the model."""
-    sweep.main(arguments(small_set, tmp_path / "masked", *SMALL))
-    argv = arguments(small_set, tmp_path / "clean", *SMALL)
-    argv[1] = str(small_set / "originals")
-    sweep.main(argv)
-    assert results(tmp_path / "clean") == results(tmp_path / "masked")
-
-
-def test_a_reference_adds_unpaired_distances(small_set, tmp_path):
+def test_a_reference_adds_unpaired_distances_and_without_paste_the_whole_decode_is_scored(small_set, tmp_path):
     write_set(tmp_path / "other", 9, SIDE)
-    options = ("--reference", tmp_path / "other" / "masked", "--limit", "3")
+    options = ("--reference", tmp_path / "other" / "masked", "--limit", "3", "--no-paste", "--sweet-spot", "2", "4")
     sweep.main(arguments(small_set, tmp_path / "out", *SMALL, *options))
-    row = results(tmp_path / "out")[0]
+    rows = results(tmp_path / "out")
+    row = rows[0]
+    assert all(float(row["known_changed"]) > 0.5 for row in rows)
+    spots = {(row["total_iter"], row["sweet_spot"]) for row in rows}
+    assert spots == {("3", "2"), ("4", "2"), ("4", "4")}    # those beyond a run are left out
     assert float(row["FD-Colour"]) > 0 and float(row["FD-Colour"]) != float(row["paired FD-Colour"]) and row["n"] == "3"
     assert (tmp_path / "out" / "results.md").read_text().startswith("# FD-Colour")
 
@@ -124,22 +105,6 @@ def test_two_pictures_give_a_table_with_dashes(small_set, tmp_path, options):
     assert "nan" not in text and ("–" in text) != bool(options)
     assert (tmp_path / "score_over_total_iter.png").is_file()
     assert ("FD-Colour" in text) != bool(options)
-
-
-def test_what_a_decoder_does_not_use_is_not_varied(small_set, tmp_path):
-    varied = ["--decoder", "maskgit", "reference", "halton", "--temperature", "0.5", "1", "--choice-temperature", "1", "2"]
-    once = ["--seeds", "0", "--mask-func", "cosine", "--total-iter", "3"]
-    args = sweep.parse_args(arguments(small_set, tmp_path, *varied, *once))
-    sweep.check_args(args)
-    found = [(s.decoder, s.temperature, s.choice_temperature) for s in sweeps.all_settings(args)]
-    assert len(found) == len(set(found)) == 4 + 2 + 2
-    assert ("reference", None, 1.0) in found and ("halton", 0.5, None) in found
-
-
-def test_sweet_spots_beyond_a_run_are_left_out(small_set, tmp_path):
-    sweep.main(arguments(small_set, tmp_path, *SMALL, "--sweet-spot", "2", "4"))
-    found = {(row["total_iter"], row["sweet_spot"]) for row in results(tmp_path)}
-    assert found == {("3", "2"), ("4", "2"), ("4", "4")}
 
 
 # ---- stopping and going on ----
@@ -168,13 +133,23 @@ def test_a_killed_sweep_goes_on_where_it_stopped(small_set, tmp_path, monkeypatc
     assert {setting.seed for setting in started[9:]} == {2} and results(broken)[: len(before)] == before
 
 
-def test_results_of_something_else_are_not_continued(small_set, tmp_path):
+def test_results_of_something_else_and_pictures_that_do_not_fit_are_refused(small_set, tmp_path):
     sweep.main(arguments(small_set, tmp_path, *SMALL))
-    assert "other paste" in refused(arguments(small_set, tmp_path, *SMALL, "--no-paste"))
-    message = refused(arguments(small_set, tmp_path, *SMALL, "--limit", "3"))
+    assert "other paste" in refusal(sweep.main, *arguments(small_set, tmp_path, *SMALL, "--no-paste"))
+    message = refusal(sweep.main, *arguments(small_set, tmp_path, *SMALL, "--limit", "3"))
     assert "pictures, holes, ground truth" in message and "another --output" in message
     (tmp_path / "sweep.json").unlink()
-    assert "unknown" in refused(arguments(small_set, tmp_path, *SMALL))
+    assert "unknown" in refusal(sweep.main, *arguments(small_set, tmp_path, *SMALL))
+    common = ["--checkpoint", small_set / "model.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
+    masked, masks, originals = (small_set / name for name in ("masked", "masks", "originals"))
+    assert "blank" in refusal(sweep.main, *common, "--images", masked, "--masks", masks)
+    white = tmp_path / "white.png"
+    write_image(white, torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8))
+    assert "has a hole" in refusal(sweep.main, *common, "--images", originals, "--masks", white)
+    write_image(tmp_path / "truth" / "p0.png", torch.zeros(3, SIDE, SIDE, dtype=torch.uint8))
+    assert "p1" in refusal(sweep.main, *common, "--images", masked, "--masks", masks, "--ground-truth", tmp_path / "truth")
+    pictures = ["--images", masked, "--masks", masks, "--ground-truth", originals]
+    assert "reads" in refusal(sweep.main, *common, *pictures, "--output", masked)
 
 
 # ---- tables and figures ----
@@ -199,27 +174,6 @@ def test_the_table_has_the_references_form(small_set, tmp_path, capsys):
     assert ranked == sorted(ranked) and len(ranked) == 10
 
 
-def test_rounds_show_the_pictures_bit_for_bit(small_set, tmp_path):
-    pytest.importorskip("matplotlib")
-    sweep.main(arguments(small_set, tmp_path, *SMALL[:-1], "--sweet-spot", "all", "--show", "p1"))
-    names = ["rounds_3.png", "rounds_4.png", "schedules.png", "score_over_sweet_spot.png", "score_over_total_iter.png"]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
-    drawn = np.asarray(Image.open(tmp_path / "rounds_4.png").convert("RGB"))
-    left = drawn.shape[1] - 5 * (SIDE + 3)                           # the input and 4 rounds, with their gaps
-
-    def cell(row: int, column: int) -> np.ndarray:
-        return drawn[3 + row * (SIDE + 3) :, left + column * (SIDE + 3) :][:SIDE, :SIDE]
-
-    original = read_image(small_set / "originals" / "p1.png").permute(1, 2, 0).numpy()
-    hole = read_mask(small_set / "masks" / "p1.png")
-    assert np.array_equal(cell(0, 0), original)
-    for row in (1, 3):                                               # cosine, its masks, linear, its masks
-        for column in range(1, 5):
-            assert np.array_equal(cell(row, column)[~hole[0]], original[~hole[0]])
-    counts = [int((cell(4, column)[::4, ::4, 0] == 255).sum()) for column in range(5)]
-    assert counts == [counts[0], counts[0] * 3 // 4, counts[0] * 2 // 4, counts[0] // 4, 0]    # linear
-
-
 # ---- refusals ----
 
 
@@ -230,41 +184,23 @@ def test_rounds_show_the_pictures_bit_for_bit(small_set, tmp_path):
         (["--total-iter", "4", "0"], "at least 1"),
         (["--limit", "1"], "at least 2"),
         (["--temperature", "-1"], "0 or more"),
-        (["--sweet-spot", "5", "--total-iter", "3", "4"], r"1..4"),
+        (["--sweet-spot", "5", "--total-iter", "3", "4"], "1..4"),
         (["--sweet-spot", "last"], "--sweet-spot"),
         (["--features", "none", "--reference", "x"], "--features none"),
         (["--show", "p9"], "p9"),
     ],
 )
 def test_senseless_flags_are_refused(small_set, tmp_path, options, words):
-    with pytest.raises(ValueError, match=words) as error:
-        sweep.main(arguments(small_set, tmp_path / "out", "--no-figures", *options))
-    assert error.value.user_error and not (tmp_path / "out" / "results.csv").exists()
+    assert words in refusal(sweep.main, *arguments(small_set, tmp_path / "out", "--no-figures", *options))
+    assert not (tmp_path / "out" / "results.csv").exists()
 
 
-def test_pictures_that_do_not_fit_are_refused(small_set, tmp_path):
-    common = ["--checkpoint", small_set / "model.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
-    masked, masks, originals = (small_set / name for name in ("masked", "masks", "originals"))
-    assert "blank" in refused([*common, "--images", masked, "--masks", masks])
-    white = tmp_path / "white.png"
-    write_image(white, torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8))
-    assert "has a hole" in refused([*common, "--images", originals, "--masks", white])
-    write_image(tmp_path / "truth" / "p0.png", torch.zeros(3, SIDE, SIDE, dtype=torch.uint8))
-    assert "p1" in refused([*common, "--images", masked, "--masks", masks, "--ground-truth", tmp_path / "truth"])
-    pictures = ["--images", masked, "--masks", masks, "--ground-truth", originals]
-    assert "reads" in refused([*common, *pictures, "--output", masked])
-
-
-def test_a_table_of_rounds_by_need_alone_can_not_be_drawn(tmp_path):
-    (tmp_path / "need.csv").write_text(f"{','.join(sweeps.KEY)},FD-X\nmaskgit,,need,,1,1,0,2.5\n")
-    with pytest.raises(UserError, match="by need"):
-        figures.main(["sweep", str(tmp_path / "need.csv"), "--output", str(tmp_path)])
-
-
-@pytest.mark.parametrize("row, word", [("maskgit,cosin,4,4,1,1,0,2.5", "cosin"), ("maskgit,cosine,4,4,1,1,0,high", "high")])
-def test_foreign_tables_are_refused(tmp_path, row, word):
+@pytest.mark.parametrize("text, word", [
+    ("", "column"), ("maskgit,cosin,4,4,1,1,0,2.5", "cosin"), ("maskgit,cosine,4,4,1,1,0,high", "high"),
+    ("maskgit,,need,,1,1,0,2.5", "by need"),
+])
+def test_tables_that_can_not_be_drawn_are_refused(tmp_path, text, word):
     path = tmp_path / "results.csv"
-    for text, refusal in (("", "column"), (f"{','.join(sweeps.KEY)},FD-X\n{row}\n", word)):
-        path.write_text(text)
-        with pytest.raises(UserError, match=refusal):
-            figures.main(["sweep", str(path), "--output", str(tmp_path)])
+    path.write_text(f"{','.join(sweeps.KEY)},FD-X\n{text}\n" if text else "")
+    with pytest.raises(UserError, match=word):
+        figures.main(["sweep", str(path), "--output", str(tmp_path)])

@@ -1,9 +1,6 @@
 """The token cache: holds what the encoder says, goes on after a kill, refuses what is stale."""
-import io
 import os
-import re
 import signal
-import tarfile
 
 import numpy as np
 import pytest
@@ -18,11 +15,11 @@ from tiny_runs import (
     succeed,
     wait_for_step,
     write_pictures,
+    write_shards,
 )
 
 from pictures.folders import load_folder, read_square
 from pictures.shards import open_shards
-from tools import dataset as dataset_tools
 from training import token_cache
 from training.checkpoints import load_checkpoint, save_checkpoint
 from utils import UserError
@@ -58,12 +55,6 @@ def build(folder, paths, pixels=True, bad_images="error", encode=encode, mirror=
     return token_cache.TokenCache(folder, pieces, N, SIZE, mirror, pixels)
 
 
-def write_shards(pictures, folder, shard_size=6) -> str:
-    argv = ["shards", str(pictures), "--output", f"{folder}/s-%02d.tar", "--size", "16", "--shard-size", str(shard_size)]
-    assert dataset_tools.main(argv) == 0
-    return f"{folder}/s-{{00..03}}.tar"
-
-
 @pytest.mark.parametrize("pixels", [True, False])
 def test_rows_are_what_the_encoder_says(pictures, tmp_path, pixels):
     cache = build(tmp_path, [pictures], pixels)
@@ -91,16 +82,7 @@ def test_without_mirror_images(pictures, tmp_path):
     build(tmp_path, [pictures], encode=None, mirror=False)    # a cache that has more serves as well
 
 
-def test_several_folders_and_shards_line_up(pictures, tmp_path):
-    other = write_pictures(tmp_path / "other", 4, seed=7)
-    shards = write_shards(pictures, tmp_path)
-    cache = build(tmp_path / "cache", [other, shards])
-    _, shown = cache.rows(torch.arange(len(cache)), torch.zeros(len(cache), dtype=torch.bool))
-    streamed = list(open_shards(shards, SIZE, seed=None))
-    assert torch.equal(shown, torch.cat([load_folder(other, SIZE), torch.stack(streamed)]))
-
-
-def test_bad_pictures(tmp_path, capsys):
+def test_bad_pictures_and_several_folders_and_shards(tmp_path, capsys, pictures):
     folder = write_pictures(tmp_path / "p", 12)
     (folder / "003.png").write_bytes(b"no picture")
     for i in range(5, 10):
@@ -112,6 +94,12 @@ def test_bad_pictures(tmp_path, capsys):
     tokens, shown = cache.rows(torch.arange(6), torch.zeros(6, dtype=torch.bool))
     good = torch.stack([read_square(folder / f"{i:03d}.png", SIZE) for i in (0, 1, 2, 4, 10, 11)])
     assert torch.equal(shown, good) and torch.equal(tokens, encode(good))
+    other = write_pictures(tmp_path / "other", 4, seed=7)
+    shards = write_shards(pictures, tmp_path)
+    cache = build(tmp_path / "cache", [other, shards])
+    _, shown = cache.rows(torch.arange(len(cache)), torch.zeros(len(cache), dtype=torch.bool))
+    streamed = list(open_shards(shards, SIZE, seed=None))
+    assert torch.equal(shown, torch.cat([load_folder(other, SIZE), torch.stack(streamed)]))
 
 
 @pytest.mark.parametrize("kind", ["plain", "mirror"])
@@ -129,27 +117,6 @@ def test_damaged_files_are_refused_in_a_sentence(pictures, tmp_path, damage, kin
     for leftover in tmp_path.glob("*-000002.*"):
         leftover.unlink()
     assert len(build(tmp_path, [pictures])) == 23    # as the sentence promises
-
-
-def test_fingerprint_sees_names_sizes_times_and_order(tmp_path):
-    folder = write_pictures(tmp_path / "p", 6)
-    seen = []
-
-    def look():
-        seen.append(token_cache.fingerprint_pictures(token_cache.list_pieces([str(folder)])))
-
-    look()
-    assert token_cache.fingerprint_pictures(token_cache.list_pieces([str(folder)])) == seen[0]
-    os.utime(folder / "003.png", ns=(1, 1))
-    look()
-    (folder / "003.png").rename(folder / "0035.png")
-    look()
-    write_pictures(tmp_path / "q", 1, size=8)
-    os.replace(tmp_path / "q" / "000.png", folder / "000.png")
-    look()
-    (folder / "005.png").unlink()
-    look()
-    assert len(set(seen)) == len(seen)
 
 
 # ---- in the script ----
@@ -176,6 +143,10 @@ def test_the_script_refuses_a_stale_cache(setting, tmp_path):
         (setting.argv("transformer", tmp_path / "b", *flags, "--set", "transformer.pixel_dim=0"), "pixels = True"),
     ):
         refused(run("transformer", argv), reason)
+    stamp = (setting.train / "003.png").stat().st_mtime_ns
+    os.utime(setting.train / "003.png", ns=(1, 1))    # written anew
+    refused(run("transformer", setting.argv("transformer", tmp_path / "b", *flags)), "other pictures")
+    os.utime(setting.train / "003.png", ns=(stamp, stamp))
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
     state["ema"]["codebook.embedding.weight"] = state["ema"]["codebook.embedding.weight"].flip(0)
     state["ema"]["decoder.from_code.bias"] += 1    # the decoder makes no tokens
@@ -229,22 +200,6 @@ def test_decoding_workers_change_nothing_and_outlive_a_stop_request(setting, tmp
     assert child.wait().code == 143, child.text
     succeed("vqgan", argv)
     assert_same_run(tmp_path / "whole", tmp_path / "a", "vqgan")
-
-
-def test_bad_pictures_in_shards(setting, tmp_path):
-    files = sorted(setting.train.iterdir())
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for path in files:
-            content = b"no picture" if path.stem == "004" else path.read_bytes()
-            info = tarfile.TarInfo(path.name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    for stage in ("vqgan", "transformer"):
-        flags = ["--epochs", "1", "--seed", "3"]
-        refused(run(stage, setting.argv(stage, tmp_path / f"{stage}-a", *flags, train=tmp_path / "s.tar")), "004")
-        flags += ["--bad-images", "skip"]
-        child = succeed(stage, setting.argv(stage, tmp_path / f"{stage}-b", *flags, train=tmp_path / "s.tar"))
-        assert re.search(r"skipped: .*004", child.text), child.text
 
 
 def test_tokens_only(setting, tmp_path):

@@ -1,4 +1,4 @@
-"""What the stages compute, and what they share: pictures by step, configs, rates."""
+"""What the stages compute, and what they share: pictures by step, configs, rates, Muon."""
 
 import math
 from types import SimpleNamespace
@@ -9,12 +9,12 @@ from tiny_runs import (
     STEPS,
     checkpoint,
     differences,
-    kill_at,
     metrics,
     refused,
     run,
     succeed,
     write_pictures,
+    write_shards,
 )
 from torch import nn
 
@@ -26,10 +26,10 @@ from pictures import holes
 from pictures.folders import load_folder
 from pictures.images import read_image, to_float
 from pictures.views import take_views
-from tools import dataset as dataset_tools
 from training.checkpoints import load_checkpoint
 from training.config import fit_decoder, fit_transformer
 from training.masks import MaskSource
+from training.muon import Muon, orthogonalize
 from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
 from training.options import load_sections, training_parser
 from training.pictures_by_step import FolderPictures, ShardPictures, epoch_order
@@ -72,27 +72,6 @@ def test_stage_2_trains_the_transformer_alone_and_exports_both_stages(setting, t
     assert sorted(path.name for path in folder.glob("samples_*.png")) == ["samples_0000006.png", "samples_0000012.png"]
     assert read_image(folder / "samples_0000012.png").shape[0] == 3
     assert child.text.count('"images/s"') == STEPS // 3
-
-
-def test_stage_1_ends_in_what_stage_2_takes_and_a_finished_model_serves_as_well(setting, tmp_path):
-    succeed("vqgan", setting.argv("vqgan", tmp_path / "a"))
-    vqgan = ["--epochs", "1", "--vqgan", str(tmp_path / "a" / "last.pt")]
-    succeed("transformer", setting.argv("transformer", tmp_path / "b", *vqgan))
-    vqgan, ema = load_vqgan(str(tmp_path / "a" / "last.pt")), checkpoint(tmp_path / "a", "vqgan")["ema"]
-    assert all(torch.equal(value, ema[name]) for name, value in vqgan.state_dict().items())
-    finished = ["--epochs", "1", "--vqgan", str(tmp_path / "b" / "maskgit.safetensors")]
-    succeed("transformer", setting.argv("transformer", tmp_path / "c", *finished))
-
-
-def test_the_discriminator_learns_from_its_step_on(setting, tmp_path):
-    """adversarial_from = 0.4 of 12 steps: it changes first in the sixth."""
-    argv = setting.argv("vqgan", tmp_path / "a", "--resume", "auto", "--set", "train_vqgan.save_every=1")
-    discriminators = []
-    for micro in (2, 2 * 4, 2 * 1):    # checkpoints of steps 1, 5 and 6
-        run("vqgan", argv, kill_at(micro))
-        discriminators.append(checkpoint(tmp_path / "a", "vqgan")["discriminator"])
-    assert differences(discriminators[0], discriminators[1]) == []
-    assert differences(discriminators[1], discriminators[2]) != []
 
 
 def test_stage_2_validates_when_it_is_due_may_hold_its_rate_and_compiles(setting, tmp_path):
@@ -218,11 +197,7 @@ def test_capture_is_refused_on_a_cpu(setting, tmp_path):
 
 @pytest.fixture(scope="module")
 def shards(setting, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    dataset_tools.main(
-        ["shards", str(setting.train), "--output", f"{folder}/s-%02d.tar", "--size", "16", "--shard-size", "7"]
-    )
-    return f"{folder}/s-{{00..03}}.tar"
+    return write_shards(setting.train, tmp_path_factory.mktemp("shards"), 7)
 
 
 def source(kind, setting, shards, rank=0, processes=1):
@@ -233,7 +208,7 @@ def source(kind, setting, shards, rank=0, processes=1):
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_epochs_visit_every_picture_once_in_orders_of_their_own(setting, shards, kind):
+def test_epochs_visit_every_picture_once_in_orders_of_their_own_on_every_machine(setting, shards, kind):
     pictures = source(kind, setting, shards)
     every = {image.numpy().tobytes() for image in load_folder(setting.train, 16)}
     batches = [pictures.batch(step) for step in range(6)]
@@ -246,9 +221,6 @@ def test_epochs_visit_every_picture_once_in_orders_of_their_own(setting, shards,
     parts = [source(kind, setting, shards, rank, 4) for rank in range(4)]    # nor on the number of processes
     for step in range(4):
         assert torch.equal(torch.stack([part.batch(step) for part in parts], 1).flatten(0, 1), batches[step])
-
-
-def test_epoch_order_is_the_same_on_every_machine():
     assert epoch_order(5, 0, 0).tolist() == [0, 2, 4, 3, 1]    # depends on no hash seed, platform or earlier call
 
 
@@ -326,15 +298,12 @@ def test_what_follows_from_the_pictures_size_is_derived_or_refused(setting, tmp_
 # ---- optimisation ----
 
 
-def test_cosine_rate_closed_forms():
+def test_rates_and_averages_have_closed_forms_and_reach_every_parameter():
     rates = [cosine_rate(step, total=110, peak=2.0, warmup=10) for step in range(112)]
     assert [rates[0], rates[4], rates[9], rates[10]] == [0.2, 1.0, 2.0, 2.0]
     assert rates[35] == pytest.approx(1 + math.sqrt(0.5)) and rates[60] == pytest.approx(1.0)
     assert rates[110:] == pytest.approx([0, 0], abs=1e-12) and rates[10:111] == sorted(rates[10:111], reverse=True)
     assert cosine_rate(0, 100, 2.0, 0) == 2.0 and cosine_rate(500, math.inf, 2.0, 5) == 2.0
-
-
-def test_rates_and_averages_reach_every_parameter():
     ema, model = nn.Linear(3, 2), nn.Linear(3, 2)
     optimizer = torch.optim.SGD([{"params": [model.weight], "lr": 1.0}, {"params": [model.bias], "lr": 2.0}])
     set_rate(optimizer, 0.25)
@@ -345,3 +314,54 @@ def test_rates_and_averages_reach_every_parameter():
     for name, x in ema.named_parameters():
         torch.testing.assert_close(x, model.get_parameter(name) + 0.75**3 * (before[name] - model.get_parameter(name)))
     assert ema_decay_at(0, 0.999) == 0.1 and ema_decay_at(8, 0.999) == 0.5 and ema_decay_at(10**6, 0.999) == 0.999
+
+
+# ---- Muon ----
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_singular_values_become_about_one_whatever_the_scale_and_singular_vectors_stay():
+    for shape in ((16, 64), (64, 16), (24, 24)):
+        u, _, vt = torch.linalg.svd(normal(*shape), full_matrices=False)
+        values = torch.linspace(0.3, 1, min(shape))
+        inner = u.mT @ orthogonalize(((u * values) @ vt)[None])[0] @ vt.mT    # diagonal
+        assert inner.diag().min() > 0.6 and inner.diag().max() < 1.3
+        assert (inner - inner.diag().diag()).abs().max() < 0.05
+    x = normal(3, 8, 20)
+    together = orthogonalize(x)
+    torch.testing.assert_close(orthogonalize(x * 2.0**10), together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(orthogonalize(x[1:2])[0], together[1], atol=1e-4, rtol=0)
+    assert torch.equal(orthogonalize(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs the Muon of torch 2.9")
+def test_the_step_is_that_of_torch_up_to_rounding():
+    """Nesterov momentum, weight decay and size of the step; torch's orthogonalising rounds to bfloat16."""
+    for shape in ((32, 32), (16, 64), (64, 16)):
+        p = nn.Parameter(normal(*shape))
+        twin, before = nn.Parameter(p.detach().clone()), p.detach().clone()
+        mine = Muon([p], [], lr=0.1, weight_decay=0.03)
+        theirs = torch.optim.Muon([twin], lr=0.1, weight_decay=0.03, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        for step in range(3):
+            p.grad = normal(*shape, seed=step)
+            twin.grad = p.grad.clone()
+            mine.step()
+            theirs.step()
+        assert (p - twin).norm() < 0.02 * (p - before).norm()
+
+
+def test_others_learn_as_with_adamw_and_gradients_are_left_alone():
+    p, q, idle = nn.Parameter(normal(4, 4)), nn.Parameter(normal(6, seed=1)), nn.Parameter(torch.ones(2, 2))
+    twin = nn.Parameter(q.detach().clone())
+    muon = Muon([p, idle], [q], lr=0.05, betas=(0.8, 0.9), weight_decay=0.1)
+    adamw = torch.optim.AdamW([twin], lr=0.05, betas=(0.8, 0.9), weight_decay=0.1)
+    for step in range(4):
+        p.grad, q.grad = normal(4, 4, seed=10 + step), normal(6, seed=20 + step)
+        twin.grad, given = q.grad.clone(), p.grad.clone()
+        muon.step()
+        adamw.step()
+        assert torch.equal(p.grad, given)
+    assert torch.equal(q, twin) and torch.equal(idle, torch.ones(2, 2))

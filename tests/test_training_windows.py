@@ -34,32 +34,20 @@ def same(one, other) -> bool:
     return all(torch.equal(a, b) for a, b in zip((*one[:2], *one.plan), (*other[:2], *other.plan), strict=True))
 
 
-def test_a_batch_is_a_function_of_seed_and_step():
+def test_a_batch_is_a_function_of_seed_and_step_with_windows_and_holes_of_the_right_kind():
     assert same(windows().batch(5), windows().batch(5))
     assert not same(windows().batch(5), windows().batch(6))
     assert not same(windows().batch(5), windows(seed=4).batch(5))
-
-
-def test_two_processes_share_the_batch_of_one():
     whole, parts = windows().batch(2), [windows(rank=rank, processes=2).batch(2) for rank in (0, 1)]
     for rank, part in enumerate(parts):
         assert torch.equal(part.image, whole.image[rank::2])
         assert torch.equal(part.plan.noise, whole.plan.noise[rank::2])
-
-
-def test_windows_of_small_and_narrow_photographs_have_the_models_size():
     batch = windows(batch_size=64).batch(0)
     assert batch.image.shape == (64, 3, 16, 16)
     assert batch.image.dtype == torch.uint8
-
-
-def test_native_windows_are_cut_out_unchanged():
     source = windows()
     assert torch.equal(source.cut(0, 0.0, 0.0, 0.0, 0.9), source.photographs[0][:, :16, :16])
     assert torch.equal(source.cut(0, 0.0, 0.0, 0.0, 0.1), source.photographs[0][:, :16, :16].flip(2))
-
-
-def test_every_window_has_a_hole_and_deep_holes_are_large():
     holes, deep = window_holes(200, 16, seeded(0))
     share = holes.float().mean((1, 2, 3))
     assert (share > 0).all()
@@ -77,16 +65,13 @@ def test_a_guess_is_seen_inside_the_hole_alone(model, share):
     assert round(guess[:, 3].amax((1, 2)).mean().item(), 1) == share    # few are emptied by chance
 
 
-def test_a_guess_is_near_the_truth(model):
+def test_a_guess_is_near_the_truth_and_a_model_that_learns_to_take_one_begins_as_it_was(model):
     batch = windows(batch_size=64, guess_share=1.0).batch(0)
     smooth = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16)
     plan = batch.plan._replace(recoded=torch.zeros(64, dtype=torch.bool))    # the tokenizer here has random weights
     guess = make_guess(model.vqgan, smooth, batch.holes, plan)
     error = (guess[:, :3] - smooth).abs()[guess[:, 3:].bool().expand(-1, 3, -1, -1)]
     assert error.mean() < 0.15
-
-
-def test_a_model_that_learns_to_take_a_guess_begins_as_it_was(model):
     wider = with_guess(model)
     image, hole = torch.rand(2, 3, 16, 16) * 2 - 1, torch.zeros(2, 1, 16, 16)
     hole[:, :, 3:11, 2:9] = 1
@@ -117,13 +102,16 @@ def setting(tmp_path_factory):
     return setting
 
 
-def test_stage_2_on_windows_resumes_exactly(setting, tmp_path):
+@pytest.mark.parametrize("stage, flags, kill", [
+    ("transformer", (), 7), ("vqgan", ("--epochs", "1", "--set", "train_vqgan.windows=24"), 3),
+])
+def test_trainings_on_windows_resume_exactly(setting, tmp_path, stage, flags, kill):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    succeed("transformer", setting.argv("transformer", whole))
-    assert {"val_loss", "val_guessed"} <= set().union(*metrics(whole))
-    assert run("transformer", setting.argv("transformer", cut), kill_at(7)).code == -9
-    succeed("transformer", setting.argv("transformer", cut, "--resume", "auto"))
-    assert_same_run(whole, cut, "transformer")
+    succeed(stage, setting.argv(stage, whole, *flags))
+    assert stage == "vqgan" or {"val_loss", "val_guessed"} <= set().union(*metrics(whole))
+    assert run(stage, setting.argv(stage, cut, *flags), kill_at(kill)).code == -9
+    succeed(stage, setting.argv(stage, cut, *flags, "--resume", "auto"))
+    assert_same_run(whole, cut, stage)
 
 
 @pytest.mark.parametrize("change", ["train_transformer.windows=-1", "train_transformer.windows=7",
@@ -133,14 +121,6 @@ def test_settings_that_make_no_sense_are_refused_by_name(setting, tmp_path, chan
     child = run("transformer", setting.argv("transformer", tmp_path / "x", "--set", change))
     assert child.code == 2
     assert change.partition("=")[0].partition(".")[2] in child.errors[-1]
-
-
-def test_stage_1_on_windows_resumes_exactly(setting, tmp_path):
-    flags = ("--epochs", "1", "--set", "train_vqgan.windows=24")
-    succeed("vqgan", setting.argv("vqgan", tmp_path / "whole", *flags))
-    assert run("vqgan", setting.argv("vqgan", tmp_path / "cut", *flags), kill_at(3)).code == -9
-    succeed("vqgan", setting.argv("vqgan", tmp_path / "cut", *flags, "--resume", "auto"))
-    assert_same_run(tmp_path / "whole", tmp_path / "cut", "vqgan")
 
 
 @pytest.mark.parametrize("windows", [24, 0])

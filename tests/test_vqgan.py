@@ -1,4 +1,4 @@
-"""models/vqgan.py, models/autoencoder.py, models/local_autoencoder.py: what each part may see, and that it sees it."""
+"""models/vqgan.py, models/autoencoder.py, models/local_autoencoder.py: what each part may see; models/codebook.py."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +7,7 @@ from torch import nn
 
 from models.attention import count_parameters
 from models.autoencoder import Downsample, SpatialAttention, Upsample
+from models.codebook import Codebook
 from models.vqgan import VQGAN, VQGANConfig
 from pictures.holes import random_holes
 
@@ -77,31 +78,10 @@ def test_shapes(options):
 
 # ---- encoder ----
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_patch_changes_its_own_token_and_no_other(default, channels_last):
-    image = pictures(1)
-    model = default.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    before = model.encoder(image)
-    for row, column in ((0, 0), (5, 9), (15, 15)):
-        changed = image.clone()
-        changed[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] *= -1
-        elsewhere = torch.ones(16, 16, dtype=torch.bool)
-        elsewhere[row, column] = False
-        after = model.encoder(changed)
-        assert torch.equal(after[..., elsewhere], before[..., elsewhere])
-        assert not torch.equal(after[..., row, column], before[..., row, column])
 
-
-def test_every_pixel_of_a_patch_counts(default):
-    image = pictures(1).requires_grad_()
-    latent = default.encoder(image)[0, :, 3, 7].sum()
-    seen = torch.autograd.grad(latent, image)[0].abs().sum(1)[0] > 0
-    expected = torch.zeros(64, 64, dtype=torch.bool)
-    expected[12:16, 28:32] = True
-    assert torch.equal(seen, expected)
-
-
-def test_visible_tokens_of_a_masked_picture_are_the_whole_pictures(default):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_visible_tokens_of_a_masked_picture_are_the_whole_pictures(default, layout):
+    default = default.to(memory_format=layout)
     image, hole = pictures(6), random_holes(6, 64, rng(3))
     visible = ~touched(hole, 4)
     assert 0 < visible.sum() < visible.numel()
@@ -136,7 +116,7 @@ def test_decoder_ignores_what_the_picture_holds_inside_the_hole(default):
     assert torch.equal(default.decode(tokens, image, hole), expected)    # a bool mask is the same mask
 
 
-def test_decoder_uses_known_pixels_the_mask_and_the_codes(default):
+def test_decoder_uses_known_pixels_at_every_scale_the_mask_and_the_codes(default):
     tokens = torch.randint(1024, (2, 256), generator=rng(4))
     image, hole = pictures(2), random_holes(2, 64, rng(5)).float()
     before = default.decode(tokens, image, hole)
@@ -145,12 +125,6 @@ def test_decoder_uses_known_pixels_the_mask_and_the_codes(default):
     black = torch.zeros_like(image)    # known and black is not the same as unknown
     known, unknown = (default.decode(tokens, black, torch.full_like(hole, value)) for value in (0, 1))
     assert not torch.allclose(known, unknown, atol=1e-3)
-
-
-def test_every_scale_sees_the_known_pixels(default):
-    tokens = torch.randint(1024, (1, 256), generator=rng(4))
-    image, hole = pictures(1), random_holes(1, 64, rng(5)).float()
-    before = default.decode(tokens, image, hole)
     for scale in default.decoder.condition:
         weight = scale.weight.data.clone()
         scale.weight.data.zero_()
@@ -158,7 +132,7 @@ def test_every_scale_sees_the_known_pixels(default):
         scale.weight.data.copy_(weight)
 
 
-def test_without_known_pixels_it_is_a_plain_decoder(default):
+def test_without_known_pixels_it_is_a_plain_decoder_as_the_reference_always_is(default):
     tokens = torch.randint(1024, (2, 256), generator=rng(4))
     plain = default.decode(tokens)
     assert torch.equal(plain, default.decode(tokens, pictures(2), torch.ones(2, 1, 64, 64)))
@@ -168,26 +142,19 @@ def test_without_known_pixels_it_is_a_plain_decoder(default):
     for known, mask in ((image, None), (None, torch.ones(2, 1, 64, 64))):
         with pytest.raises(ValueError, match="give both or neither"):
             default.decode(tokens, known, mask)
-
-
-def test_reference_decoder_has_no_use_for_known_pixels():
     model = small(**SMALL_REFERENCE)
     tokens = torch.randint(64, (2, 64), generator=rng(4))
     assert torch.equal(model.decode(tokens, pictures(2, 32), torch.zeros(2, 1, 32, 32)), model.decode(tokens))
 
 
 @pytest.mark.parametrize("options", [{}, SMALL_REFERENCE])
-def test_training_pass_is_encode_then_decode(options):
+def test_training_pass_is_encode_then_decode_and_trains_every_part(options):
     model, image = small(**options), pictures(2, 32)
     hole = random_holes(2, 32, rng(6)).float()
     output, quantized = model(image, hole)
     assert torch.equal(quantized.indices.flatten(1), model.encode(image))
     torch.testing.assert_close(output, model.decode(model.encode(image), image, hole), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(quantized.loss, model.codebook(model.encoder(image)).loss)
-
-
-@pytest.mark.parametrize("options", [{}, SMALL_REFERENCE])
-def test_reconstruction_trains_encoder_and_decoder_and_the_loss_the_codebook(options):
     model, image = small(**options).train(), pictures(2, 32)
     output, quantized = model(image)
     F.mse_loss(output, image).backward(retain_graph=True)
@@ -221,11 +188,6 @@ def test_sampling_layers():
 
 # ---- config ----
 
-def test_config_reaches_the_codebook():
-    for l2 in (False, True):
-        book = vqgan(image_size=8, codebook_size=5, codebook_dim=3, l2_normalize=l2, commitment=0.5).codebook
-        assert (book.codebook_size, book.codebook_dim, book.l2_normalize, book.commitment) == (5, 3, l2, 0.5)
-
 
 @pytest.mark.parametrize("options", [
     dict(encoder="lokal"), dict(decoder="plain"), dict(stride=3), dict(stride=0), dict(image_size=66), dict(image_size=0),
@@ -233,20 +195,98 @@ def test_config_reaches_the_codebook():
     dict(commitment=float("nan")), dict(encoder_channels=[]), dict(decoder_channels=[8, 0, 8]),
     dict(decoder_blocks=[1, -1, 1]), dict(decoder_blocks=[1, 1]), dict(widths=3), dict(context_dim=-1),
     dict(decoder_channels=[8, 8], stride=4), dict(context_dim=8) | SMALL_REFERENCE, dict(guess=True) | SMALL_REFERENCE,
+    dict(encoder_down=[2]) | REFERENCE, dict(encoder_down=[2, 5]) | REFERENCE,
+    dict(decoder_up=[0, 0]) | REFERENCE, dict(decoder_up=[0, -1]) | REFERENCE,
 ])
 def test_config_refuses_by_key(options):
-    with pytest.raises(ValueError, match="context_dim or a guess" if "encoder_down" in options else next(iter(options))):
+    with pytest.raises(ValueError, match="guess" if "attention_size" in options else next(iter(options))):
         VQGANConfig(**options)
 
 
-@pytest.mark.parametrize("key, stages", [
-    ("encoder_down", [2]), ("encoder_down", [2, 5]), ("decoder_up", [0, 0]), ("decoder_up", [0, -1])
-])
-def test_a_reference_setting_names_as_many_stages_as_the_stride_needs(key, stages):
-    with pytest.raises(ValueError, match=f"{key} must name 2 of the 5 stages"):
-        VQGANConfig(**REFERENCE | {key: stages})
+# ---- codebook ----
 
 
-def test_config_leaves_the_parts_alone_that_are_not_used():
-    VQGANConfig(encoder_down=[])
-    VQGANConfig(decoder="reference", decoder_blocks=[], decoder_up=[0, 2])
+K, D = 37, 5
+BOTH = pytest.mark.parametrize("l2", [False, True])
+
+
+def codebook(l2: bool, size: int = K) -> Codebook:
+    """Codes far from unit length, so that forgetting to normalise shows."""
+    torch.manual_seed(0)
+    book = Codebook(size, D, l2_normalize=l2, commitment=0.25)
+    book.embedding.weight.data = torch.randn(size, D) * torch.logspace(-1, 1, size).unsqueeze(1)
+    return book
+
+
+def latents(scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(2, D, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, d)
+
+
+@BOTH
+def test_nearest_equals_brute_force(l2):
+    book, z = codebook(l2), latents()
+    rows, codes = as_rows(z), book.embedding.weight
+    if l2:
+        rows, codes = rows / rows.norm(dim=1, keepdim=True), codes / codes.norm(dim=1, keepdim=True)
+    expected = torch.cdist(rows.double(), codes.double()).argmin(1).view(2, 4, 6)
+    out = book(z)
+    assert out.indices.dtype == torch.int64 and torch.equal(out.indices, expected)
+    torch.testing.assert_close(as_rows(out.z_q), codes[expected.flatten()])
+    assert len(expected.unique()) > 5
+
+
+@BOTH
+def test_gradient_goes_straight_through(l2):
+    book, z, weight = codebook(l2), latents().requires_grad_(), latents(3)
+    (grad,) = torch.autograd.grad((book(z).z_q * weight).sum(), z)
+    unquantized = F.normalize(z, dim=1) if l2 else z
+    (expected,) = torch.autograd.grad((unquantized * weight).sum(), z)
+    assert torch.equal(grad, expected)
+    assert not book(z).z_q.equal(unquantized)
+    assert torch.autograd.grad((book(z).z_q * weight).sum(), book.embedding.weight, allow_unused=True) == (None,)
+
+
+def test_loss_and_its_gradients():
+    """Both terms have the same value, so loss = (1 + commitment) MSE; each pulls one side only."""
+    book, z = codebook(False), latents().requires_grad_()
+    out = book(z)
+    code = book.lookup(out.indices)
+    torch.testing.assert_close(out.loss, 1.25 * (z - code).pow(2).mean())
+    on_z, on_codes = torch.autograd.grad(out.loss, (z, book.embedding.weight))
+    pull = 2 * (z - code) / z.numel()
+    torch.testing.assert_close(on_z, 0.25 * pull)
+    expected = torch.zeros(K, D).index_add(0, out.indices.flatten(), -as_rows(pull))
+    torch.testing.assert_close(on_codes, expected)
+
+
+@BOTH
+def test_restart_moves_dead_codes_onto_latents_and_no_others_if_there_are_any(l2):
+    book, rows = codebook(l2), 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(2))
+    before = book.embedding.weight.detach().clone()
+    usage = torch.ones(K)
+    dead = torch.tensor([0, 3, 11, K - 1])
+    usage[dead] = 0
+    assert book.restart_dead(usage, rows, torch.Generator().manual_seed(3)) == 4
+    after = book.embedding.weight.detach()
+    alive = usage > 0
+    assert torch.equal(after[alive], before[alive])
+    targets = F.normalize(rows, dim=1) if l2 else rows
+    assert (after[dead].unsqueeze(1) - targets).abs().amax(2).amin(1).max() < 1e-6    # each equals one of them
+    assert len(after[dead].unique(dim=0)) > 1
+    again = codebook(l2)
+    again.restart_dead(usage, rows, torch.Generator().manual_seed(3))
+    assert torch.equal(again.embedding.weight, after)
+    other = codebook(l2)
+    other.restart_dead(usage, rows, torch.Generator().manual_seed(4))
+    assert not torch.equal(other.embedding.weight, after)
+    book = codebook(False)
+    before = book.embedding.weight.detach().clone()
+    assert book.restart_dead(torch.ones(K), torch.randn(5, D)) == 0
+    assert book.restart_dead(torch.zeros(K), torch.empty(0, D)) == 0
+    assert torch.equal(book.embedding.weight, before)
+    assert book.restart_dead(torch.zeros(K), torch.ones(1, D)) == K    # fewer latents than dead codes: they share
+    assert (book.embedding.weight == 1).all() and book.embedding.weight.requires_grad

@@ -1,13 +1,14 @@
-"""Pictures larger than the model's: levels, windows and their averages, and what a completion may not depend on."""
+"""Pictures larger than the model's: levels, windows and their averages, what a completion may not depend on, tone."""
 import pytest
 import torch
 from small_sets import rng, small_model
 
-from models import MaskGIT
+from models import MaskGIT, tone
 from models.completion import Job, complete_pictures
 from models.convert import to_uint8
-from models.decoding import halton_order, iterative_decode
+from models.decoding import halton_order
 from models.levels import THICK, count_levels, enlarge, enlarge_windows, make_levels
+from models.tone import match_tone
 from models.windows import WindowedModel, make_layout, place_windows, ramp
 
 SIZE, STRIDE, GRID = 16, 4, 4    # of the model below: windows of 4x4 tokens
@@ -56,7 +57,7 @@ def test_a_picture_of_one_window_is_what_the_plain_model_makes(model, options):
 # ---- windows ----
 
 
-def test_every_wanted_token_lies_in_the_middle_of_a_window_unless_the_edge_forbids_it():
+def test_wanted_tokens_lie_in_the_middle_of_windows_and_weights_and_order_are_a_windows():
     for seed in range(20):
         wanted = torch.rand(23, 17, generator=rng(seed)) < (0.02, 0.3)[seed % 2]
         corners = place_windows(wanted, 8, 4)
@@ -66,6 +67,14 @@ def test_every_wanted_token_lies_in_the_middle_of_a_window_unless_the_edge_forbi
             inside = token - corners                                               # (W, 2)
             middle = ((inside >= 2) | (corners == 0)) & ((inside < 6) | (corners == torch.tensor(wanted.shape) - 8))
             assert (middle & (inside >= 0) & (inside < 8)).all(1).any()
+    for length in (4, 16, 64):
+        w = ramp(length)
+        assert w.max() == 1 and torch.equal(w, w.T) and torch.equal(w, w.flip(0))
+        assert (w[: length // 2].diff(dim=0) > 0).all() and w[0, 0] > 0
+    layout = make_layout([torch.tensor([[0, 0], [3, 5]])], [9], GRID)
+    order = halton_order(GRID * GRID).view(GRID, GRID)
+    seen = sorted({(y + dy, x + dx) for y, x in ((0, 0), (3, 5)) for dy in range(4) for dx in range(4)})
+    assert layout.order[0].tolist() == [order[y % 4, x % 4].item() for y, x in seen]
 
 
 def two_windows(model: MaskGIT) -> tuple[WindowedModel, torch.Tensor]:
@@ -78,7 +87,7 @@ def two_windows(model: MaskGIT) -> tuple[WindowedModel, torch.Tensor]:
     return WindowedModel(model, layout, torch.cat(cut[:2]), torch.cat(cut[2:]), None, 16), hole
 
 
-def test_a_token_seen_by_several_windows_gets_the_weighted_mean_of_their_log_probabilities(model):
+def test_a_token_seen_by_several_windows_gets_the_weighted_mean_of_their_log_probabilities_and_contexts(model):
     windows, hole = two_windows(model)
     known = windows.known()
     logits = windows.logits(known.tokens, known, first=False)
@@ -94,11 +103,6 @@ def test_a_token_seen_by_several_windows_gets_the_weighted_mean_of_their_log_pro
         parts = [w * log_p[i][y, x - 2 * i] for i, w in enumerate(weights) if w]
         expected.append(sum(parts) / sum(weights))
     torch.testing.assert_close(logits.log_softmax(-1), torch.stack(expected).log_softmax(-1))
-
-
-def test_the_context_is_averaged_in_the_same_way(model):
-    windows, _ = two_windows(model)
-    known = windows.known()
     both = known.features.view(2, 4, 4, -1)
     w = torch.stack([ramp(GRID)[:, 2:], ramp(GRID)[:, :2]]).unsqueeze(-1)
     mean = (both[0, :, 2:] * w[0] + both[1, :, :2] * w[1]) / w.sum(0)
@@ -106,13 +110,6 @@ def test_the_context_is_averaged_in_the_same_way(model):
     torch.testing.assert_close(context[0, :, 2:], mean)
     assert torch.equal(context[0, :, 2:], context[1, :, :2])                       # a token has one context
     assert torch.equal(context[0, :, :2], both[0, :, :2])                          # seen by one window: as it is
-
-
-def test_weights_fall_towards_the_edge():
-    for length in (4, 16, 64):
-        w = ramp(length)
-        assert w.max() == 1 and torch.equal(w, w.T) and torch.equal(w, w.flip(0))
-        assert (w[: length // 2].diff(dim=0) > 0).all() and w[0, 0] > 0
 
 
 # ---- levels ----
@@ -130,23 +127,17 @@ def test_thin_holes_have_one_level_and_wide_ones_more():
     assert count_levels(torch.ones(1, 512, 512, dtype=torch.bool), 64, 4) == 4
 
 
-def test_a_coarse_pixel_is_the_mean_of_what_is_known_and_hole_if_most_of_it_is():
+def test_a_coarse_level_is_the_mean_of_what_is_known_and_enlarged_alike_in_windows():
     j = job(64, 64, (0, 33, 0, 64))
     j.image[:, 33:] = 200
     j.hole[:, :, ::5] = True                                                       # thin lines: the mean leaves them out
     coarse, fine = make_levels(j.image, j.hole, 2, 16, 4)
     assert torch.equal(fine.hole, j.hole) and coarse.hole.shape == (1, 32, 32)
     assert coarse.hole[0, :16].all() and not coarse.hole[0, 17:].any() and (coarse.pixels[:, 17:] == 200).all()
-
-
-def test_a_hole_keeps_its_share_at_the_coarse_level():
     j = job(128, 128, (0, 0, 0, 0))
     j.hole[:, ::6] = True                                                          # lines of one pixel, a sixth of all
     coarse = make_levels(j.image, j.hole, 3, 16, 4)[0]
     assert not coarse.hole.any()
-
-
-def test_a_window_of_the_level_below_is_what_the_whole_enlarged_shows_there():
     below = torch.randint(256, (3, 20, 30), dtype=torch.uint8, generator=rng(0))
     corners = torch.tensor([[0, 0], [8, 12], [24, 44]])
     whole = enlarge(below)
@@ -199,12 +190,18 @@ def test_large_levels_are_completed_in_blocks(model, monkeypatch):
     assert (result.image != j.image)[:, j.hole[0]].float().mean() > 0.9
 
 
-def test_a_guess_is_used_where_there_is_one():
+def test_a_guess_is_used_where_there_is_one_and_elsewhere_deep_holes_take_the_level_below():
     model, j = make_model(guess=True), job(64, 64, (8, 56, 8, 56))
     with torch.no_grad():
         plain = complete(model, j)[0].image
         model.transformer.pixel_embed.weight[:, 4 * 16 :] = 0                      # deaf to the guess
         assert not torch.equal(complete(model, j)[0].image, plain)
+    deep_hole = job(96, 96, (16, 80, 16, 80))
+    result, = complete(make_model(), deep_hole, keep_rounds=True, total_iter=1)
+    last = [shot for shot in result.rounds if shot.level == result.rounds[-1].level]
+    taken = deep_hole.hole[0] & (last[0].picture[:, :96, :96] != 128).any(0)           # not gray before the first round
+    assert taken[40:56, 40:56].all() and not taken[16:18].any()
+    assert torch.equal(result.image[:, taken], last[0].picture[:, :96, :96][:, taken])
 
 
 def test_rounds_are_shown_level_by_level(model):
@@ -220,15 +217,12 @@ def test_rounds_are_shown_level_by_level(model):
     assert torch.equal(complete(model, j, total_iter=2)[0].image, result.image)
 
 
-def test_training_mode_is_put_back_and_does_not_matter(model):
+def test_training_mode_is_put_back_and_half_precision_refused(model):
     j = job(40, 40)
     expected = complete(model, j)[0].image
     model.train()
     assert torch.equal(complete(model, j)[0].image, expected) and model.transformer.training
     model.eval()
-
-
-def test_a_model_in_half_precision_is_refused():
     with pytest.raises(ValueError, match="precision='bf16'"):
         complete(make_model().half(), job(16, 16))
 
@@ -236,31 +230,43 @@ def test_a_model_in_half_precision_is_refused():
 # ---- halton order on any grid ----
 
 
-def test_the_halton_order_of_a_larger_grid_repeats_that_of_a_window():
-    layout = make_layout([torch.tensor([[0, 0], [3, 5]])], [9], GRID)
-    order = halton_order(GRID * GRID).view(GRID, GRID)
-    seen = sorted({(y + dy, x + dx) for y, x in ((0, 0), (3, 5)) for dy in range(4) for dx in range(4)})
-    assert layout.order[0].tolist() == [order[y % 4, x % 4].item() for y, x in seen]
+# ---- tone ----
 
 
-def test_rows_of_unequal_length_draw_their_own_numbers():
-    tokens = torch.zeros(2, 9, dtype=torch.int64)
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[0, 6:] = False
-    table = torch.randn(9, 5, generator=rng(0))
-
-    def logits(x):
-        return table.expand(len(x), 9, 5)[:, : x.shape[1]][x == 5]
-
-    both = iterative_decode(tokens, mask, logits, mask_token_id=5, generators=[rng(1), rng(2)], lengths=[6, 9], total_iter=3)
-    one = iterative_decode(tokens[:1, :6], mask[:1, :6], logits, mask_token_id=5, generators=[rng(1)], total_iter=3)
-    assert torch.equal(both[-1].tokens[0, :6], one[-1].tokens[0])
+def sky(height: int = 60, width: int = 90) -> torch.Tensor:
+    """(3, H, W) uint8, a smooth gradient."""
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    return (80 + 0.5 * rows + 0.25 * columns + torch.tensor([0, 20, 60])[:, None, None]).to(torch.uint8)
 
 
-def test_without_a_guess_the_middle_of_a_deep_hole_comes_from_the_level_below():
-    deep_hole = job(96, 96, (16, 80, 16, 80))
-    result, = complete(make_model(), deep_hole, keep_rounds=True, total_iter=1)
-    last = [shot for shot in result.rounds if shot.level == result.rounds[-1].level]
-    taken = deep_hole.hole[0] & (last[0].picture[:, :96, :96] != 128).any(0)           # not gray before the first round
-    assert taken[40:56, 40:56].all() and not taken[16:18].any()
-    assert torch.equal(result.image[:, taken], last[0].picture[:, :96, :96][:, taken])
+def stroke(height: int = 60, width: int = 90) -> torch.Tensor:
+    hole = torch.zeros(1, height, width, dtype=torch.bool)
+    hole[:, 25:34, 10:70] = True
+    return hole
+
+
+def test_a_shade_in_a_smooth_place_goes_texture_and_known_pixels_stay_and_tiles_do_not_show(monkeypatch):
+    picture, hole = sky(), stroke()
+    filled = torch.where(hole, picture + 12, picture)
+    matched = match_tone(picture, filled, hole)
+    assert torch.equal(torch.where(hole, picture, matched), picture)
+    error = (matched.int() - picture.int())[hole.expand(3, -1, -1)].abs()
+    assert error.float().mean() < 2 and error.max() <= 4    # 12 before
+    assert (match_tone(picture, picture, hole).int() - picture.int()).abs().max() <= 2    # nothing to mend
+    other = torch.where(hole, 255 - picture, picture)    # what the picture holds in the hole has no influence
+    assert torch.equal(matched, match_tone(other, filled, hole))
+    monkeypatch.setattr(tone, "TILE", 32)
+    monkeypatch.setattr(tone, "MARGIN", 16)
+    assert (match_tone(picture, filled, hole).int() - matched.int()).abs().max() <= 2
+    noise = torch.randint(60, 200, (3, 60, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    filled = torch.where(stroke(), noise - 20, noise)
+    assert (match_tone(noise, filled, stroke()).int() - filled.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("height, width", [(1, 40), (40, 1), (3, 200)])
+def test_odd_sizes_and_holes_without_a_rim(height, width):
+    picture = sky(height, width)
+    hole = torch.zeros(1, height, width, dtype=torch.bool)
+    hole[..., width // 4 : width // 2 + 1] = True
+    assert match_tone(picture, picture, hole).shape == picture.shape
+    assert torch.equal(match_tone(picture, picture, hole | True), picture)

@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+import tools.dataset
 import training.finish
 import training.transformer
 import training.vqgan
@@ -75,23 +76,20 @@ def write_pictures(folder: Path, count: int, size: int = 16, seed: int = 0) -> P
     return folder
 
 
+def write_shards(pictures: Path, folder: Path, shard_size: int = 6) -> str:
+    argv = ["shards", str(pictures), "--output", f"{folder}/s-%02d.tar", "--size", "16", "--shard-size", str(shard_size)]
+    assert tools.dataset.main(argv) == 0
+    return f"{folder}/s-{{00..03}}.tar"
+
+
 @dataclass
 class Setting:
     """Input that trainings of both stages share."""
 
     root: Path
-
-    @property
-    def train(self) -> Path:
-        return self.root / "train"
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yml"
-
-    @property
-    def vqgan(self) -> Path:
-        return self.root / "vqgan.pt"
+    train: Path
+    config: Path
+    vqgan: Path
 
     def argv(self, stage: str, output: Path, *more: str, train: str | Path | None = None) -> list[str]:
         flags = {"--config": self.config, "--train-dir": train or self.train, "--val-dir": self.root / "val",
@@ -103,7 +101,7 @@ class Setting:
 
 def make_setting(root: Path) -> Setting:
     """Pictures, config, and a stage-1 checkpoint of random weights for stage 2."""
-    setting = Setting(root)
+    setting = Setting(root, root / "train", root / "config.yml", root / "vqgan.pt")
     write_pictures(setting.train, 24)
     write_pictures(root / "val", 6, seed=1)
     setting.config.write_text(CONFIG)
