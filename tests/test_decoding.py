@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from small_sets import rng
 from torch import Tensor
 
-from models.decoding import DECODERS, Round, halton_order, iterative_decode
+from models.decoding import DECODERS, TEXTURE, Round, halton_order, iterative_decode
 from models.schedule import SCHEDULES, gamma, mask_plan
 
-N, K = 36, 11    # a 6x6 grid
+N, K = 36, 40    # a 6x6 grid
 MASK = K
 
 
@@ -97,13 +97,16 @@ def by_need(*holes: int, budget: float, table=flat, **options) -> list[list[int]
 
 @pytest.mark.parametrize("decoder", ["maskgit", "halton"])
 def test_a_round_accepts_what_the_budget_pays_for_and_at_least_one_token(decoder):
-    ten = 10 * math.log(K) + 0.01
+    ten = 10 * (math.log(K) - TEXTURE) + 0.01
     assert by_need(25, 5, 10, 0, budget=ten, decoder=decoder) == [[15, 5, 0], [0] * 3, [0] * 3, [0] * 3]
     assert by_need(25, budget=ten, scale=[2], decoder=decoder) == [[5, 0]]
     assert by_need(25, budget=1e6, decoder=decoder) == [[0]]
     sure = torch.zeros(K)
     sure[3] = 100.0    # costs nothing
     assert by_need(N, budget=0.01, table=lambda t: sure.expand(int((t == MASK).sum()), K), decoder=decoder) == [[0]]
+    few = math.ceil(math.exp(TEXTURE)) - 1    # equally likely codes whose entropy is texture, which costs nothing either
+    texture = torch.where(torch.arange(K) < few, 0.0, -100.0)
+    assert by_need(N, budget=0.0, table=lambda t: texture.expand(int((t == MASK).sum()), K), decoder=decoder) == [[0]]
     assert by_need(9, 2, budget=0.0, max_iter=4) == [[8, 7, 6, 0], [1, 0, 0, 0]]
 
 
