@@ -165,6 +165,7 @@ def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate_and_senseless_se
     result = kernel_distance(a, b, subsets=3, subset_size=20)
     assert result["mean"] == pytest.approx(expected.item(), rel=1e-9)
     assert result["std"] == pytest.approx(0, abs=1e-9)    # every subset is the whole set
+    assert len({kernel_distance(a, b, subsets=5, seed=seed)["mean"] for seed in (1, 1, 2)}) == 2
     a = torch.randn(10, 4)
     for wrong, words in ((a[:1], "at least 2 pictures"), (a / 0, "not finite"), (torch.randn(10, 5), "networks")):
         with pytest.raises(UserError, match=words):

@@ -189,8 +189,7 @@ def test_the_seam_gap_compares_mean_steps_across_the_rim_alone():
     half[..., 2:6, 2:4] = 0.2                                   # half of the steps 0.2 lower ...
     half[..., 2:6, 4:6] = 0.6                                   # ... and half of them 0.2 higher
     assert seam_gap(half, image, hole).item() == pytest.approx(0.0, abs=1e-9)
-    hole, image = frame(8, 4), torch.zeros(1, 3, 8, 8)
-    output = image.clone()
+    image, output = flat, flat.clone()
     output[..., 3:5, 3:5] = 1.0            # inside, not touching the rim
     output[..., 0, 0] = 1.0                # outside
     assert seam_gap(output, image, hole).item() == 0

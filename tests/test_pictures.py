@@ -14,7 +14,7 @@ from pictures.ahead import write_behind
 from pictures.files import find_images, pair
 from pictures.folders import load_folder, read_square
 from pictures.hard_holes import CORNER, SHARES, hard_hole
-from pictures.holes import BOX_SHARE, random_holes, random_walks
+from pictures.holes import BOX_SHARE, _distance_to_polyline, random_holes, random_walks
 from pictures.images import read_image, to_float, to_uint8, write_image
 from pictures.masks import read_mask
 from pictures.own_masks import load_masks
@@ -244,7 +244,7 @@ def test_every_random_mask_has_a_hole_and_a_known_pixel(size):
     assert holes.flatten(1).any(1).all() and (~holes).flatten(1).any(1).all()
 
 
-def test_random_holes_are_a_function_of_the_generator_and_some_are_boxes_or_strokes():
+def test_random_holes_are_a_function_of_the_generator_and_a_tenth_are_boxes():
     g = rng(3)
     first, second = random_holes(20, 16, g), random_holes(20, 16, g)
     assert not torch.equal(first, second)
@@ -256,9 +256,18 @@ def test_random_holes_are_a_function_of_the_generator_and_some_are_boxes_or_stro
     full = (holes == (rows[:, :, None] & columns[:, None])).flatten(1).all(1)                  # a product of two sets...
     box = full & (rows.int().diff().abs().sum(1) <= 2) & (columns.int().diff().abs().sum(1) <= 2)    # ...each an interval
     assert box.float().mean() == pytest.approx(BOX_SHARE, abs=0.03)
-    around = torch.nn.functional.avg_pool2d(holes[~box].float(), 3, 1, count_include_pad=False, padding=1)
-    single = (holes[~box] & (around < 0.3)).flatten(1).any(1)    # walks have tips, strokes have none
-    assert 1 - single.float().mean() > 0.05
+
+
+def test_polyline_distance_matches_dense_sampling():
+    size = 16
+    distance = _distance_to_polyline(3, size, rng(5))
+    points = torch.rand(3, 4, 1, 2, generator=rng(5)).squeeze(2)             # the same draw
+    t = torch.linspace(0, 1, 400)[:, None]
+    centres = (torch.arange(size) + 0.5) / size
+    grid = torch.cartesian_prod(centres, centres)
+    for i in range(3):
+        dense = torch.cat([points[i, j] * (1 - t) + points[i, j + 1] * t for j in range(3)])
+        torch.testing.assert_close(distance[i], torch.cdist(grid, dense).amin(1), atol=2e-3, rtol=0)
 
 
 def test_walks_have_the_law_of_a_walk_that_stays_at_the_border():

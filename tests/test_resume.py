@@ -142,7 +142,7 @@ def test_another_set_of_as_many_pictures_or_another_vqgan_is_no_continuation_unl
     refused(run("vqgan", other_val), "validation pictures")
     child = succeed("vqgan", [*changed, "--allow-changes"])
     assert "other training pictures" in child.text
-    argv = setting.argv("transformer", tmp_path / "a", "--token-cache", str(tmp_path / "t"))
+    argv = setting.argv("transformer", tmp_path / "b", "--token-cache", str(tmp_path / "t"))
     run("transformer", argv, kill_at(3))
     state = load_checkpoint(setting.vqgan, "vqgan-training")
     state["ema"]["decoder.from_code.bias"] += 1    # same tokens, another decoder

@@ -49,8 +49,8 @@ def test_ladders_schedules_and_curves_of_trainings_are_drawn(tmp_path):
     assert Image.open(out).size[0] > 300
     for argv, word in (([*runs, "--score", "val_psnr"], "val_psnr"), ([str(tmp_path / "none")], "metrics.jsonl")):
         with pytest.raises(UserError, match=word):
-            figures.main(["curves", *argv, "--output", str(tmp_path / "refused.png")])
-    assert not (tmp_path / "refused.png").exists()
+            figures.main(["curves", *argv, "--output", str(tmp_path / "none.png")])
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize(
