@@ -169,13 +169,12 @@ def mutations(good: bytes, count: int) -> Iterator[bytes]:
 
 def test_fuzzed_checkpoints_and_models_load_or_are_refused(setting, tmp_path):
     """300 mutations, the checksum renewed for half of them, so that what comes after it meets them too."""
-    path, loaded = tmp_path / "fuzz.pt", 0
-    for i, content in enumerate(mutations(setting.vqgan.read_bytes()[:-40], 300)):
-        path.write_bytes(seal(content) if i % 2 else content + setting.vqgan.read_bytes()[-40:])
+    path, good = tmp_path / "fuzz.pt", setting.vqgan.read_bytes()
+    for i, content in enumerate(mutations(good[:-40], 300)):
+        path.write_bytes(seal(content) if i % 2 else content + good[-40:])
         with contextlib.suppress(UserError):
             load_vqgan(str(path))
-            loaded += 1
-    assert loaded < 150    # those whose numbers changed, nothing else
+            assert i % 2 or content == good[:-40], "it loads although its checksum is another's"
     # Of a model the header alone, which holds names, shapes and the config; a file of weights has no checksum.
     path = tmp_path / "fuzz.safetensors"
     good = save_model(path, 16).read_bytes()
