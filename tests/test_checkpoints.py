@@ -1,7 +1,9 @@
 """Training checkpoints: whole or not at all; which one a run continues from; its log; stop requests."""
 
 import json
+import os
 import resource
+import signal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from training.checkpoints import (
     save_last,
 )
 from training.logger import Logger
+from training.stopping import StopRequest
 from utils import UserError
 
 KIND = "example"
@@ -112,3 +115,14 @@ def test_logger_writes_at_once_and_drops_what_a_killed_run_wrote_after_its_check
     logger.log(3, loss=30.0)
     logger.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_request_notes_the_signal_and_steps_back(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
+        with pytest.raises(KeyboardInterrupt):    # asked again: does not wait for the step
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(number) is before

@@ -183,6 +183,17 @@ def test_the_seed_decides_and_neither_global_random_numbers_nor_threads(model):
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_is_refused_with_the_way_to_go(model):
+    class Completion(torch.nn.Module):
+        def forward(self, image, mask):
+            return model.complete(image, mask, [0], total_iter=2).images
+
+    mask = torch.from_numpy(square_hole()).float()[None, None]
+    with pytest.raises(ValueError, match="--onnx"):
+        torch.jit.trace(Completion(), (torch.zeros(1, 3, 32, 32), mask))
+
+
 # ---- refusals: a sentence that says what was given ----
 
 REFUSALS = {
