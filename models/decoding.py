@@ -46,8 +46,8 @@ class Options:
         total_iter: T, rounds of the schedule. None: as many as the picture needs; for 'reference' 10.
         sweet_spot: stop after this round, 1..T; the schedule still follows T. None runs them all.
         max_iter: without `total_iter`, the last round, which accepts everything.
-        entropy_budget: without `total_iter`, nats above `TEXTURE` that a round may accept in a window; ten times as many
-            where it has a guess.
+        entropy_budget: without `total_iter`, nats above `TEXTURE` that a round may accept in a window; where it has a
+            guess, `models.completion.GUESSED` times as many.
         decoder: 'maskgit' samples tokens and ranks them by log-probability + noise; 'halton' samples and goes through the
             hole in a low-discrepancy order (Besnier et al. 2025, https://arxiv.org/abs/2503.17076); 'reference' takes the
             likeliest token and ranks by probability + noise, with progress counted from 0.

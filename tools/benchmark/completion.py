@@ -30,9 +30,9 @@ def reference_loop(model: MaskGIT, image: Tensor, mask: Tensor, total_iter: int)
             model.decode(r.tokens, x.masked_fill(m, 0), m, known.context)
 
 
-def complete(model: MaskGIT, jobs: list[Job], **options) -> float:
-    """Our loop: batches, the last round decoded. Returns the mean number of rounds."""
-    steps = [result.steps for result in complete_pictures(model, jobs, batch_size=len(jobs), **options)]
+def complete(model: MaskGIT, jobs: list[Job], batch_size: int | None = None, **options) -> float:
+    """Our loop: batches (default: one of all jobs), the last round decoded. Returns the mean number of rounds."""
+    steps = [result.steps for result in complete_pictures(model, jobs, batch_size=batch_size or len(jobs), **options)]
     return sum(steps) / len(steps)
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import MaskGIT
-from models.completion import Job, complete_pictures
+from models.completion import Job
 from models.precision import pick_precision
+from tools.benchmark.completion import complete
 from tools.benchmark.timing import describe, load_models, say, seconds
 from utils import seeded
 
@@ -38,11 +38,6 @@ def scratch(height: int, width: int, thickness: int = 12) -> Tensor:
     return ((row / height - column / width).abs() < thickness / 2 / height).unsqueeze(0)
 
 
-def complete(model: MaskGIT, job: Job, batch_size: int, precision: str | None) -> int:
-    """Complete one picture. Returns the number of rounds, of all its levels together."""
-    return sum(result.steps for result in complete_pictures(model, [job], batch_size=batch_size, precision=precision))
-
-
 def measure(args: argparse.Namespace, device: torch.device) -> dict:
     model, reference = load_models(args, device)
     size, (height, width) = (64, (96, 128)) if args.quick else (512, (4000, 6000))
@@ -51,7 +46,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     cases[f"{width}x{height}, a scratch"] = photograph(height, width), scratch(height, width)
     precision, rows = pick_precision("auto", device), []
     for name, (image, hole) in cases.items():
-        call = functools.partial(complete, model, Job(image, hole, seed=0), args.batch_size, precision)
+        call = functools.partial(complete, model, [Job(image, hole, seed=0)], args.batch_size, precision=precision)
         steps = call()    # warm-up
         taken = statistics.median(seconds(call, device) for _ in range(args.rounds))
         say(f"{name}: {taken:.2f} s")
