@@ -8,11 +8,7 @@ import signal
 import pytest
 import torch
 
-from training.checkpoints import (
-    find_resume,
-    save_checkpoint,
-    save_last,
-)
+from training.checkpoints import find_resume, save_checkpoint, save_last
 from training.logger import Logger
 from training.stopping import StopRequest
 from utils import UserError

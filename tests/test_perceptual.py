@@ -242,7 +242,6 @@ def test_a_judge_on_every_feature_map_scores_each_picture_alone_and_changes_no_n
     assert [tuple(x.shape) for x in scores] == [(2, 1, 9, 9), (2, 1, 5, 5)]
     alone = model([x[1:] for x in features])
     assert all(torch.allclose(x[1:], y, atol=1e-6) for x, y in zip(scores, alone, strict=True))
-    model, features = feature_discriminator(), maps()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     model(features)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
@@ -272,7 +271,6 @@ def test_scores_outside_the_hole_do_not_count():
     other = torch.where(hole[:, :, ::4, ::4].bool(), scores, 99.0)
     assert mean_score(other, hole) == mean_score(scores, hole)
     assert hinge_loss(other, other, hole) == hinge_loss(scores, scores, hole) != hinge_loss(scores, scores)
-    scores = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     assert mean_score(scores, torch.ones(2, 1, 64, 64)).allclose(scores.mean()) and mean_score(scores) == scores.mean()
     assert mean_score(scores, torch.zeros(2, 1, 64, 64)) == 0
 

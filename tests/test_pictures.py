@@ -230,9 +230,6 @@ def test_what_a_view_does():
     assert torch.allclose(gray, image.mean(1, keepdim=True).expand_as(image), atol=1e-5)
 
 
-# ---- holes ----
-
-
 # ---- random holes ----
 
 
@@ -328,10 +325,8 @@ def test_every_draw_from_ones_own_masks_has_a_hole_and_something_known(folder):
         assert holes.flatten(1).any(1).all()
     assert not whole.flatten(1).all(1).any()
     assert torch.equal(deep, windows.float().mean((1, 2, 3)) > 0.5)
-    masks = load_masks(str(folder))
     assert torch.equal(masks.window_holes(9, 16, seeded(5))[0], masks.window_holes(9, 16, seeded(5))[0])
     assert not torch.equal(masks.random_holes(9, 16, seeded(5)), masks.random_holes(9, 16, seeded(6)))
-    masks = load_masks(str(folder))
     point = masks.masks[0]
     assert point.sum() == 1
     assert masks.random_holes(60, 16, seeded(0)).flatten(1).sum(1).min() == 1
