@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kv_cache import KVCache
 from .norms import HeadNorm
 
 LEVELS = 2**16    # on a CPU `dropout` rounds the share to 1 / LEVELS
@@ -36,12 +37,14 @@ class MultiHeadAttention(nn.Module):
         self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, N, D).  Returns (B, N, D)."""
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x: (B, N, D).  Returns (B, N, D). With a cache x may be some of the tokens, which then see all of them."""
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, self.num_heads, 3 * self.head_dim)    # (B, N, heads, 3 d)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)                     # each (B, heads, N, d)
         q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None:
+            k, v = cache.update(k, v)
         # On a CPU the fused kernel is slower where it drops weights, and in bfloat16 takes twice the time.
         slow = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or (self.training and self.dropout > 0))
         attend = self._fused if self.fused and not slow else self._explicit

@@ -52,7 +52,8 @@ class Options:
             hole in a low-discrepancy order (Besnier et al. 2025, https://arxiv.org/abs/2503.17076); 'reference' takes the
             likeliest token and ranks by probability + noise, with progress counted from 0.
         temperature: divides the logits before sampling; 0 takes the likeliest token. Not used by 'reference'.
-        choice_temperature: scale of the Gumbel noise in the ranking; falls to 0 over the rounds.
+        choice_temperature: scale of the Gumbel noise in the ranking. It falls to 0 over the rounds; without `total_iter`
+            only the first round has it, which settles where the filling starts.
     Raises:
         ValueError: an option makes no sense.
     """
@@ -202,8 +203,10 @@ def _confidence(o: Options, score: Tensor, t: int, uniform: Tensor, order: Tenso
         return -order.float()
     tiny = torch.finfo(uniform.dtype).tiny
     gumbel = -torch.log(-torch.log(uniform.clamp(tiny, 1 - 1e-7)))                         # (B, N)
-    total = o.planned or o.max_iter
-    progress = (t - 1) / total if o.decoder == "reference" else t / total
+    if o.planned is None:
+        progress = min(t - 1, 1)
+    else:
+        progress = (t - 1 if o.decoder == "reference" else t) / o.planned
     return score + o.choice_temperature * (1 - progress) * gumbel
 
 

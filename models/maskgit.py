@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from .completion import inpaint
 from .decoding import Round, iterative_decode, masked_positions
 from .files import ModelFiles
+from .kv_cache import ROWS, KVCache, filled_up, hole_places
 from .local_autoencoder import condition, condition_channels
 from .transformer import BidirectionalTransformer, TransformerConfig
 from .vqgan import VQGAN, VQGANConfig
+from .windows import WindowedModel, single_windows
 
 
 class Known(NamedTuple):
@@ -161,10 +163,10 @@ class MaskGIT(nn.Module, ModelFiles):
         Returns:
             The decoded pictures (nothing is pasted here) and the rounds.
         """
+        windows = WindowedModel(self, single_windows(len(image), self.vqgan.config.grid), image, mask, guess, len(image))
         with self.autocast(precision):
-            known = self.known(image, mask, guess)
-            rounds = self.complete_tokens(known, seeds, **options)
-            return Completion(self.decode(rounds[-1].tokens, image, mask, known.context, guess), rounds, known)
+            rounds, known = windows.complete([torch.Generator().manual_seed(int(s)) for s in seeds], **options)
+            return Completion(windows.decode(rounds[-1].tokens, known), rounds, known)
 
     def autocast(self, precision: str | None) -> AbstractContextManager:
         """What `precision` means; see `complete`."""
@@ -176,18 +178,21 @@ class MaskGIT(nn.Module, ModelFiles):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     @torch.no_grad()
-    def known(self, image: Tensor, mask: Tensor, guess: Tensor | None = None) -> Known:
+    def known(
+        self, image: Tensor, mask: Tensor, guess: Tensor | None = None, caches: Sequence[KVCache] | None = None
+    ) -> Known:
         """The known part of a batch of pictures; image and mask as in `complete`, guess as in `condition`.
 
         A sampled token is one guess out of many. A decoder that was finished with the context, the transformer's features
-        while the whole hole is still masked, sees how sure that guess was and what the others were. Our addition.
+        while the whole hole is still masked, sees how sure that guess was and what the others were. Our addition. With
+        `caches`, one for each block, the keys and values of that pass are kept there.
         """
         mask = mask.to(image.dtype)
         image = image.masked_fill(mask.bool(), 0)                           # nothing behind the hole gets any further
         hidden = pixel_to_token_mask(mask, self.vqgan.config.stride)        # (B, N)
         tokens = torch.where(hidden, self.mask_token_id, self.vqgan.encode(image))
         pixels = self.pixels_of(image, mask, guess)
-        context = self.transformer.features(tokens, pixels) if self.vqgan.config.context_dim else None
+        context = self.transformer.features(tokens, pixels, caches=caches) if self.vqgan.config.context_dim else None
         return Known(tokens, hidden, pixels, context)
 
     def pixels_of(self, image: Tensor, mask: Tensor, guess: Tensor | None = None) -> Tensor | None:
@@ -197,7 +202,7 @@ class MaskGIT(nn.Module, ModelFiles):
 
     @torch.no_grad()
     def complete_tokens(self, known: Known, seeds: Sequence[int], **options: Any) -> list[Round]:
-        """The rounds of `complete` without the pictures; any of them can be decoded later."""
+        """All rounds, each of which computes every token; any of them can be decoded later."""
         first = [known.context]
 
         def logits(tokens: Tensor) -> Tensor:
@@ -218,12 +223,31 @@ class MaskGIT(nn.Module, ModelFiles):
         transformer's of these tokens, where they are known already.
         """
         positions = masked_positions(tokens == self.mask_token_id)                # (M,)
-        filled = F.pad(positions, (0, -len(positions) % tokens.shape[1]))            # (M + a few,), padded with position 0
+        filled = filled_up(positions, tokens.shape[1])                            # (M + a few,)
         if features is None:
             features = self.transformer.features(tokens, pixels, filled)          # (M + a few, D)
         else:
             features = features.flatten(0, 1)[filled]                             # (M + a few, D)
         return self.transformer.exact_logits(features, filled)[: len(positions)]     # (M, K)
+
+    def later_logits(
+        self, tokens: Tensor, pixels: Tensor | None, hidden: Tensor, caches: Sequence[KVCache], rows: Tensor
+    ) -> Tensor:
+        """`masked_logits` of a round after the first: only the tokens of the hole are computed, see `models.kv_cache`.
+
+        Args:
+            hidden: (B, N) bool, the tokens of the hole, still masked or filled in a former round.
+            caches: what `known` kept, one for each block.
+            rows: (B,) where these pictures are in the caches.
+        """
+        places, own = hole_places(hidden)                                            # (B, Q) each
+        tokens = tokens.gather(1, places)                                            # (B, Q)
+        pixels = None if pixels is None else pixels.gather(1, places.unsqueeze(2).expand(-1, -1, pixels.shape[2]))
+        positions = masked_positions((tokens == self.mask_token_id) & own)           # (M,), b * Q + q
+        filled = filled_up(positions, ROWS)                                          # (M + a few,)
+        caches = [cache.pick(rows, places) for cache in caches]
+        features = self.transformer.features(tokens, pixels, filled, caches)         # (M + a few, D)
+        return self.transformer.exact_logits(features, places.flatten()[filled])[: len(positions)]    # (M, K)
 
     def decode(
         self, tokens: Tensor, image: Tensor, mask: Tensor, context: Tensor | None = None, guess: Tensor | None = None

@@ -5,7 +5,7 @@ position also gets the known pixels of its own patch: a patch that touches the h
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .attention import Dropout, MultiHeadAttention
 from .config import STRICT, Count, Share
+from .kv_cache import KVCache
 from .norms import LayerNorm
 
 
@@ -58,9 +59,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, config.mlp_dim), nn.GELU(), nn.Linear(config.mlp_dim, D))
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """x: (B, N, D).  Returns (B, N, D), or (M, D) at the flat positions (M,), as the MLP sees each token alone."""
-        seen = self.attention(self.norm1(x) if self.pre_norm else x)                # (B, N, D)
+        seen = self.attention(self.norm1(x) if self.pre_norm else x, cache)         # (B, N, D)
         x, dtype = x + self.dropout(seen), seen.dtype
         if self.training and torch.compiler.is_compiling():
             # Without the break the compiler computes x a second time in the backward pass: 8 % more memory traffic.
@@ -156,29 +157,40 @@ class BidirectionalTransformer(nn.Module):
         """
         return self.predict(self.trunk(tokens, pixels, positions), positions)
 
-    def features(self, tokens: Tensor, pixels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def features(
+        self, tokens: Tensor, pixels: Tensor | None = None, positions: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
+    ) -> Tensor:    # fmt: skip
         """The normalised features that the logits are linear in, (B, N, D) or (M, D). Arguments as in `forward`.
 
-        Always in float32: it is a small part of the work, and decides between codes that are nearly tied.
+        Always in float32: it is a small part of the work, and decides between codes that are nearly tied. With `caches`, one
+        for each block, all tokens' keys and values are kept there; or tokens and pixels are those of its `places` only,
+        (B, Q) and (B, Q, pixel_dim), and positions are b * Q + q.
         """
-        return self.exact_features(self.trunk(tokens, pixels, positions))
+        return self.exact_features(self.trunk(tokens, pixels, positions, caches))
 
-    def trunk(self, tokens: Tensor, pixels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Output of the last block, (B, N, D) or (M, D). Arguments as in `forward`."""
+    def trunk(
+        self, tokens: Tensor, pixels: Tensor | None = None, positions: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
+    ) -> Tensor:    # fmt: skip
+        """Output of the last block, (B, N, D) or (M, D). Arguments as in `features`."""
         if (pixels is None) != (self.pixel_embed is None):
             raise ValueError(
                 f"this transformer was made with pixel_dim={self.config.pixel_dim}, "
                 f"so `pixels` must {'' if self.pixel_embed else 'not '}be given"
             )
         embed = self.compiled_like_blocks(BidirectionalTransformer.embed)
-        x = embed(self, tokens, pixels)                                             # (B, N, D)
-        for block in self.blocks[:-1]:
-            x = block(x)                                                            # (B, N, D)
-        return self.mark_dynamic(self.blocks[-1](x, self.mark_dynamic(positions)))  # (B, N, D) or (M, D)
+        x = embed(self, tokens, pixels, caches[0].places if caches else None)       # (B, N, D)
+        *others, last = zip(self.blocks, caches or [None] * len(self.blocks), strict=True)
+        for block, cache in others:
+            x = block(x, cache=cache)                                               # (B, N, D)
+        block, cache = last
+        return self.mark_dynamic(block(x, self.mark_dynamic(positions), cache))     # (B, N, D) or (M, D)
 
-    def embed(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
-        """Input of the first block, (B, N, D)."""
-        x = self.token_embed(tokens) + self.pos_embed                               # (B, N, D)
+    def embed(self, tokens: Tensor, pixels: Tensor | None, places: Tensor | None = None) -> Tensor:
+        """Input of the first block, (B, N, D), or (B, Q, D) of the tokens at `places` (B, Q)."""
+        position = self.pos_embed if places is None else self.pos_embed[places]     # (N, D) or (B, Q, D)
+        x = self.token_embed(tokens) + position                                     # (B, N, D)
         if pixels is not None:
             x = x + self.pixel_embed(pixels)                                        # (B, N, D)
         return self.dropout(self.embed_norm(x))                                     # (B, N, D)

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .decoding import Round, halton_order, iterative_decode
+from .decoding import Options, Round, halton_order, iterative_decode
+from .kv_cache import KVCache, join_caches
 
 if TYPE_CHECKING:
     from .maskgit import MaskGIT
+
+# Keys and values are kept where a picture has at most so many windows, which bounds the memory: 6 MB a window, in float32.
+MOST_KEPT = 4
 
 
 class Layout(NamedTuple):
@@ -37,6 +41,7 @@ class Known(NamedTuple):
     pixels: Tensor | None      # (W, N, pixel_dim), where the transformer takes them
     features: Tensor | None    # (W, N, D) the transformer's, window by window, where the decoder takes them
     context: Tensor | None     # (W, N, D) the same, averaged over the windows that see a token
+    caches: list[KVCache]      # of each block; windows that are not kept are left out
 
 
 class Completion(NamedTuple):
@@ -110,6 +115,11 @@ def make_layout(corners: Sequence[Tensor], columns: Sequence[int], grid: int) ->
     )    # fmt: skip
 
 
+def single_windows(count: int, grid: int) -> Layout:
+    """The layout of some pictures of the model's own size."""
+    return make_layout([torch.zeros(1, 2, dtype=torch.int64)] * count, [grid] * count, grid)
+
+
 class WindowedModel:
     """A model and the windows of a batch of pictures.
 
@@ -127,26 +137,38 @@ class WindowedModel:
         self.index, self.shares = layout.index.to(image.device), layout.shares.to(image.device)
         self.alone = self.shares == 1                                            # (W, N) seen by this window only
         self.batch_size = batch_size
+        few = torch.tensor([n <= MOST_KEPT for n in layout.windows for _ in range(n)], device=image.device)
+        self.kept = few & (model.vqgan.config.context_dim > 0)                   # (W,) whose keys and values are kept
 
-    def parts(self, windows: Tensor | None = None) -> Sequence[Tensor]:
-        """Numbers of windows, so many together as `batch_size` says."""
+    def parts(self, windows: Tensor | None = None, most: int | None = None) -> Sequence[Tensor]:
+        """Numbers of windows, so many together as `batch_size` says, or `most`."""
         windows = torch.arange(len(self.index), device=self.index.device) if windows is None else windows
-        return windows.split(self.batch_size)
+        return [part for part in windows.split(most or self.batch_size) if len(part)]
 
-    def paired(self, part: Tensor, always: bool = False) -> Tensor:
-        """A single window twice, where the kernels for one picture round differently: in half precision, or always."""
-        single = len(part) == 1 and (always or torch.is_autocast_enabled(part.device.type))
-        return part.repeat(2) if single else part
+    @property
+    def exact(self) -> bool:
+        """On a CPU in float32 the transformer gives a window the same values alone as beside others."""
+        return self.index.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
-    def known(self) -> Known:
-        """The known part of the pictures."""
+    def paired(self, part: Tensor) -> Tensor:
+        """A single window twice, where the kernels for one round differently from those for several."""
+        return part.repeat(2) if len(part) == 1 and not self.exact else part
+
+    def known(self, keep: bool = False) -> Known:
+        """The known part of the pictures. With `keep`, keys and values of the windows that are `kept` are kept."""
         shape = len(self.layout.lengths), self.layout.order.shape[1]
-        seen = []
-        for part in self.parts():
+        kept = self.kept & keep
+        parts = [*self.parts(where(kept)), *self.parts(where(~kept))]
+        seen, caches = [], []
+        for part in parts:
             p = self.paired(part)
-            parts = self.model.known(self.image[p], self.mask[p], pick(self.guess, p))
-            seen.append([None if x is None else x[: len(part)] for x in parts])
-        tokens, hidden, pixels, features = (join(values) for values in zip(*seen, strict=True))
+            mine = [KVCache() for _ in self.model.transformer.blocks] if kept[part[0]] else None
+            found = self.model.known(self.image[p], self.mask[p], pick(self.guess, p), mine)
+            seen.append([None if x is None else x[: len(part)] for x in found])
+            if mine:
+                caches.append([cache.pick(slice(len(part))) for cache in mine])
+        back = torch.cat(parts).argsort()
+        tokens, hidden, pixels, features = (pick(join(values), back) for values in zip(*seen, strict=True))
         context = features
         if features is not None and not bool(self.alone.all()):
             total = torch.zeros(shape[0] * shape[1], features.shape[2], device=features.device)     # (B L, D)
@@ -156,7 +178,7 @@ class WindowedModel:
         flat = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=tokens.device)
         return Known(
             flat.index_put((self.index,), tokens).view(shape), flat.bool().index_put((self.index,), hidden).view(shape),
-            pixels, features, context,
+            pixels, features, context, join_caches(caches),
         )    # fmt: skip
 
     def logits(self, tokens: Tensor, known: Known, first: bool) -> Tensor:
@@ -166,21 +188,34 @@ class WindowedModel:
         row = masked.cumsum(0) - 1                                               # (B L,) of the result
         given = flat[self.index]                                                 # (W, N)
         open_ = masked[self.index]                                               # (W, N)
+        hidden = known.hidden.flatten()[self.index]                              # (W, N)
+        kept = self.kept if known.caches and not first else torch.zeros_like(self.kept)
+        by_size = hidden.sum(1).argsort(stable=True)                             # windows with holes of one size together
+        parts = [*self.parts(where(open_.any(1) & ~kept)), *self.parts(by_size[(open_.any(1) & kept)[by_size]])]
         out = None
-        for p in self.parts(open_.any(1).nonzero().squeeze(1)):
-            where, q = open_[p], self.paired(p)
-            features = pick(known.features, q) if first else None
-            logits = self.model.masked_logits(given[q], pick(known.pixels, q), features)[: where.sum()]    # (m, K)
-            share = self.shares[p][where].unsqueeze(1)                           # (m, 1)
+        for p in parts:
+            wanted, q = open_[p], self.paired(p)
+            pixels = pick(known.pixels, q)
+            if kept[p[0]]:
+                logits = self.model.later_logits(given[q], pixels, hidden[q], known.caches, (kept.cumsum(0) - 1)[q])
+            else:
+                logits = self.model.masked_logits(given[q], pixels, pick(known.features, q) if first else None)
+            logits = logits[: wanted.sum()]                                      # (m, K)
+            share = self.shares[p][wanted].unsqueeze(1)                          # (m, 1)
             logits = torch.where(share == 1, logits, logits.log_softmax(-1) * share)
             if out is None:
                 out = logits.new_zeros(int(row[-1]) + 1, logits.shape[1])
-            out.index_add_(0, row[self.index[p][where]], logits)
+            out.index_add_(0, row[self.index[p][wanted]], logits)
         return out
 
     def complete(self, generators: Sequence[torch.Generator], **options: Any) -> tuple[list[Round], Known]:
-        """All rounds, without the pictures; options as in `models.decoding.iterative_decode`."""
-        known = self.known()
+        """All rounds, without the pictures; options as in `models.decoding.iterative_decode`.
+
+        Where the number of rounds follows from the picture, rounds after the first compute the hole alone, see
+        `models.kv_cache`.
+        """
+        planned = Options(**{k: v for k, v in options.items() if k in Options.__dataclass_fields__}).planned
+        known = self.known(keep=planned is None)
         rounds = 0
 
         def logits(tokens: Tensor) -> Tensor:
@@ -196,10 +231,13 @@ class WindowedModel:
         return done, known
 
     def decode(self, tokens: Tensor, known: Known) -> Tensor:
-        """Tokens (B, L) to windows (W, 3, S, S) in [-1, 1]."""
+        """Tokens (B, L) to windows (W, 3, S, S) in [-1, 1].
+
+        A convolution of one window rounds differently everywhere. On a CPU windows are nearly as fast one at a time.
+        """
         tokens, decoded = tokens.flatten()[self.index], []                       # (W, N)
-        for part in self.parts():
-            p = self.paired(part, always=True)
+        for part in self.parts(most=1 if self.exact else None):
+            p = self.paired(part)
             pixels = self.model.decode(tokens[p], self.image[p], self.mask[p], pick(known.context, p), pick(self.guess, p))
             decoded.append(pixels[: len(part)])
         return torch.cat(decoded)
@@ -207,6 +245,11 @@ class WindowedModel:
 
 def pick(values: Tensor | None, which: Tensor) -> Tensor | None:
     return None if values is None else values[which]
+
+
+def where(chosen: Tensor) -> Tensor:
+    """The numbers of those that are True."""
+    return chosen.nonzero().squeeze(1)
 
 
 def join(values: Sequence[Tensor | None]) -> Tensor | None:

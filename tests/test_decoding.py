@@ -110,6 +110,37 @@ def test_a_round_accepts_what_the_budget_pays_for_and_at_least_one_token(decoder
     assert by_need(9, 2, budget=0.0, max_iter=4) == [[8, 7, 6, 0], [1, 0, 0, 0]]
 
 
+def by_need_row(tokens: list[int], hole: list[bool], table: Table, budget: float, scale: float, generator) -> list:
+    """The loop for one picture, step by step; every token takes its likeliest code."""
+    masked, rounds, noise = list(hole), [], torch.rand(8, 2, N, generator=generator)[:, 1]
+    while any(masked):
+        given = torch.tensor([[MASK if m else t for t, m in zip(tokens, masked, strict=True)]])
+        log_p = table.every(given)[0].log_softmax(-1)
+        cost, rank = {}, {}
+        for n in [n for n in range(N) if masked[n]]:
+            tokens[n] = int(log_p[n].argmax())
+            cost[n] = max(0.0, -(log_p[n].exp() * log_p[n]).sum().item() - TEXTURE)
+            gumbel = -(-noise[len(rounds)][n].double().log()).log()
+            rank[n] = log_p[n, tokens[n]].item() + (scale * gumbel.item() if not rounds else 0.0)    # noise at first alone
+        spent, last = 0.0, len(rounds) == 7
+        for i, n in enumerate(sorted(rank, key=rank.__getitem__, reverse=True)):
+            spent += cost[n]
+            masked[n] = i > 0 and spent > budget and not last
+        rounds.append((list(tokens), list(masked)))
+    return rounds
+
+
+@pytest.mark.parametrize(("budget", "least"), [(0.0, 8), (5.0, 3), (1e6, 1)])
+def test_rounds_by_need_follow_the_loop_written_straight_down(budget, least):
+    table, (tokens, mask) = Table(scale=0.7), rows(20, 0, N)
+    rounds = decode(tokens, mask, table, total_iter=None, entropy_budget=budget, temperature=0, choice_temperature=2.0)
+    for b, generator in enumerate(seeds(0, 1, 2)):
+        expected = by_need_row(tokens[b].tolist(), mask[b].tolist(), table, budget, 2.0, generator)
+        assert [(r.tokens[b].tolist(), r.masked[b].tolist()) for r in rounds[: len(expected)]] == expected
+        assert not any(r.masked[b].any() for r in rounds[len(expected) :])
+    assert len(rounds) == len(expected) >= least
+
+
 # ---- the reference, written straight down ----
 
 

@@ -6,8 +6,9 @@ from small_sets import small_model
 from torch import nn
 
 from models.attention import count_parameters
+from models.kv_cache import KVCache
 from models.local_autoencoder import condition
-from models.maskgit import MaskGIT, patch_pixels, pixel_to_token_mask
+from models.maskgit import Known, MaskGIT, patch_pixels, pixel_to_token_mask
 from models.transformer import BidirectionalTransformer, TransformerConfig
 from pictures.holes import random_holes
 from training.speed import padded_positions
@@ -163,6 +164,51 @@ def listening() -> MaskGIT:
     model = tiny(context_dim=16).eval()
     torch.nn.init.normal_(model.vqgan.decoder.from_context.weight, generator=torch.Generator().manual_seed(1))
     return model
+
+
+def later_round(B: int = 3) -> tuple[MaskGIT, Known, list[KVCache], torch.Tensor]:
+    """A model, what it knows of some pictures, what it keeps of the first pass, and tokens with half of the hole filled."""
+    model, image, mask = listening(), torch.rand(B, 3, 16, 16) * 2 - 1, holes(B)
+    caches = [KVCache() for _ in model.transformer.blocks]
+    known = model.known(image, mask, caches=caches)
+    filled = known.hidden & (torch.rand(B, 16) < 0.5)
+    return model, known, caches, torch.where(filled, torch.randint(0, 32, (B, 16)), known.tokens)
+
+
+def frozen_logits(model: MaskGIT, known: Known, tokens: torch.Tensor) -> torch.Tensor:
+    """What a later round should give, written out: before each block the known tokens are put back as they were at first."""
+    net = model.transformer
+    first, x = net.embed(known.tokens, known.pixels), net.embed(tokens, known.pixels)
+    for block in net.blocks:
+        x = torch.where(known.hidden.unsqueeze(-1), x, first)
+        first, x = block(first), block(x)
+    return net.predict(x)[tokens == model.mask_token_id]
+
+
+@torch.no_grad()
+def test_a_later_round_computes_the_hole_alone_and_sees_the_known_tokens_as_the_first_round_left_them():
+    model, known, caches, tokens = later_round()
+    got = model.later_logits(tokens, known.pixels, known.hidden, caches, torch.arange(3))
+    torch.testing.assert_close(got, frozen_logits(model, known, tokens))
+    assert not torch.allclose(got, model.masked_logits(tokens, known.pixels))         # known tokens would change a little
+    again = model.later_logits(tokens, known.pixels, known.hidden, caches, torch.arange(3))
+    assert torch.equal(got, again)                                                       # what is kept was not written to
+    some = torch.tensor([2, 0])
+    part = model.later_logits(tokens[some], known.pixels[some], known.hidden[some], caches, some)
+    counts = (tokens == 32).sum(1).tolist()
+    torch.testing.assert_close(part, torch.cat([got.split(counts)[i] for i in (2, 0)]))
+    nothing_filled = model.later_logits(known.tokens, known.pixels, known.hidden, caches, torch.arange(3))
+    torch.testing.assert_close(nothing_filled, model.masked_logits(known.tokens, known.pixels))
+
+
+@torch.no_grad()
+def test_where_all_is_hole_a_later_round_computes_all():
+    model, image, mask = listening(), torch.zeros(2, 3, 16, 16), torch.ones(2, 1, 16, 16)
+    caches = [KVCache() for _ in model.transformer.blocks]
+    known = model.known(image, mask, caches=caches)
+    tokens = torch.where(torch.rand(2, 16) < 0.5, torch.randint(0, 32, (2, 16)), known.tokens)
+    got = model.later_logits(tokens, known.pixels, known.hidden, caches, torch.arange(2))
+    torch.testing.assert_close(got, model.masked_logits(tokens, known.pixels))
 
 
 def test_the_context_is_the_transformers_view_and_hides_what_the_hole_hides():

@@ -12,6 +12,7 @@ from models.tone import match_tone
 from models.windows import WindowedModel, make_layout, place_windows, ramp
 
 SIZE, STRIDE, GRID = 16, 4, 4    # of the model below: windows of 4x4 tokens
+FEW_AT_ONCE = dict(entropy_budget=0.5)    # several rounds by need, although random weights are unsure of little
 
 
 def make_model(guess: bool = False) -> MaskGIT:
@@ -44,7 +45,7 @@ def complete(model: MaskGIT, *jobs: Job, **options) -> list:
 # ---- one window ----
 
 
-@pytest.mark.parametrize("options", [dict(total_iter=3), dict(), dict(total_iter=4, decoder="halton")], ids=str)
+@pytest.mark.parametrize("options", [dict(total_iter=3), FEW_AT_ONCE, dict(total_iter=4, decoder="halton")], ids=str)
 def test_a_picture_of_one_window_is_what_the_plain_model_makes(model, options):
     jobs = [job(SIZE, SIZE, seed=s) for s in range(3)]
     image = torch.stack([j.image for j in jobs]).float() / 127.5 - 1
@@ -157,10 +158,11 @@ def test_odd_sizes_keep_their_shape_and_every_known_pixel(model, size):
     assert torch.equal(result.image[:, known], j.image[:, known]) and result.steps >= 1
 
 
-@pytest.mark.parametrize("options", [dict(), dict(total_iter=2, decoder="halton"), dict(paste=False)], ids=str)
+@pytest.mark.parametrize("options", [FEW_AT_ONCE, dict(total_iter=2, decoder="halton"), dict(paste=False)], ids=str)
 def test_a_result_does_not_depend_on_its_batch(model, options):
     jobs = [job(65, 97, seed=1), job(16, 16, seed=2), job(40, 40, (0, 40, 0, 5), seed=3), job(16, 16, seed=4)]
     alone = [complete(model, j, **options)[0] for j in jobs]
+    assert min(result.steps for result in alone) > 1 or "entropy_budget" not in options
     for order, batch_size in (([0, 1, 2, 3], 16), ([3, 2, 1, 0], 16), ([1, 0, 3, 2], 2), ([0, 1, 2, 3], 3)):
         results = complete(model, *(jobs[i] for i in order), batch_size=batch_size, **options)
         for i, result in zip(order, results, strict=True):
