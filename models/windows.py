@@ -140,19 +140,15 @@ class WindowedModel:
         few = torch.tensor([n <= MOST_KEPT for n in layout.windows for _ in range(n)], device=image.device)
         self.kept = few & (model.vqgan.config.context_dim > 0)                   # (W,) whose keys and values are kept
 
-    def parts(self, windows: Tensor | None = None, most: int | None = None) -> Sequence[Tensor]:
-        """Numbers of windows, so many together as `batch_size` says, or `most`."""
+    def parts(self, windows: Tensor | None = None) -> Sequence[Tensor]:
+        """Numbers of windows, so many together as `batch_size` says."""
         windows = torch.arange(len(self.index), device=self.index.device) if windows is None else windows
-        return [part for part in windows.split(most or self.batch_size) if len(part)]
+        return [part for part in windows.split(self.batch_size) if len(part)]
 
-    @property
-    def exact(self) -> bool:
-        """On a CPU in float32 the transformer gives a window the same values alone as beside others."""
-        return self.index.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-
-    def paired(self, part: Tensor) -> Tensor:
-        """A single window twice, where the kernels for one round differently from those for several."""
-        return part.repeat(2) if len(part) == 1 and not self.exact else part
+    def paired(self, part: Tensor, always: bool = False) -> Tensor:
+        """A single window twice, where the kernels for one picture round differently: in half precision, or always."""
+        single = len(part) == 1 and (always or torch.is_autocast_enabled(part.device.type))
+        return part.repeat(2) if single else part
 
     def known(self, keep: bool = False) -> Known:
         """The known part of the pictures. With `keep`, keys and values of the windows that are `kept` are kept."""
@@ -231,13 +227,10 @@ class WindowedModel:
         return done, known
 
     def decode(self, tokens: Tensor, known: Known) -> Tensor:
-        """Tokens (B, L) to windows (W, 3, S, S) in [-1, 1].
-
-        A convolution of one window rounds differently everywhere. On a CPU windows are nearly as fast one at a time.
-        """
+        """Tokens (B, L) to windows (W, 3, S, S) in [-1, 1]."""
         tokens, decoded = tokens.flatten()[self.index], []                       # (W, N)
-        for part in self.parts(most=1 if self.exact else None):
-            p = self.paired(part)
+        for part in self.parts():
+            p = self.paired(part, always=True)
             pixels = self.model.decode(tokens[p], self.image[p], self.mask[p], pick(known.context, p), pick(self.guess, p))
             decoded.append(pixels[: len(part)])
         return torch.cat(decoded)
