@@ -177,7 +177,7 @@ def resize(pixels: Tensor, hole: Tensor, sides: Sequence[int]) -> tuple[Tensor, 
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Float in [-1, 1] to uint8 in [0, 255], rounded."""
+    """Float in [-1, 1] (clamped) to uint8 in [0, 255], rounded; the exact inverse of x / 127.5 - 1."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

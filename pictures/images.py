@@ -177,11 +177,6 @@ def to_float(image: Tensor) -> Tensor:
     return image.float() / 127.5 - 1
 
 
-def to_uint8(image: Tensor) -> Tensor:
-    """float [-1, 1] (clamped) -> uint8 [0, 255], rounded; the exact inverse of `to_float`."""
-    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 # ---- metadata ----
 
 

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from small_sets import rng, save_pixels, smooth_picture
 
+from models.convert import to_uint8
 from pictures.ahead import write_behind
 from pictures.files import find_images, pair
 from pictures.folders import load_folder, read_square
 from pictures.hard_holes import CORNER, SHARES, hard_hole
 from pictures.holes import BOX_SHARE, _distance_to_polyline, random_holes, random_walks
-from pictures.images import read_image, to_float, to_uint8, write_image
+from pictures.images import read_image, to_float, write_image
 from pictures.masks import read_mask
 from pictures.own_masks import load_masks
 from pictures.views import COLOUR, MAX_MOVE, MAX_TURN, ZOOM, Views, random_views, take_views
