@@ -17,7 +17,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from models.vqgan import VQGAN
 from pictures.files import find_images
-from pictures.folders import read_square
+from pictures.folders import read_all, read_square
 from pictures.images import to_float
 from pictures.shards import count_pictures, is_shards, open_shards
 from training.pictures_by_step import other_folders
@@ -179,17 +178,7 @@ def _read(piece: Piece, size: int, bad_images: str, bad: list[UserError]) -> Ite
         while images := list(islice(stream, PIECE)):
             yield torch.stack(images)
         return
-
-    def read(file: Path) -> Tensor | UserError:
-        try:
-            return read_square(file, size)
-        except UserError as error:
-            if bad_images == "error":
-                raise
-            return error
-
-    with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
-        found = list(pool.map(read, piece.files))
+    found = read_all(partial(read_square, size=size), piece.files, bad_images)
     bad += [error for error in found if isinstance(error, UserError)]
     if images := [image for image in found if isinstance(image, Tensor)]:
         yield torch.stack(images)

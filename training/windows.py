@@ -6,7 +6,6 @@ All of a batch is a function of (seed, step), as everywhere.
 """
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from models.maskgit import MaskGIT
 from models.vqgan import VQGAN
 from pictures import holes as random_masks
 from pictures.files import find_images
+from pictures.folders import read_all
 from pictures.holes import window_holes
 from pictures.images import read_image, to_float
 from pictures.shards import is_shards
@@ -52,18 +52,12 @@ def _load_folder(path: str, bad_images: str, leave_out: Iterable[str]) -> list[T
     if is_shards(path):
         raise UserError(f"windows are cut from folders of photographs, not from shards; got --train-dir {path}")
 
-    def load(file: Path) -> Tensor | UserError:
-        try:
-            image = read_image(file)
-        except UserError as error:
-            if bad_images == "error":
-                raise
-            return error
+    def load(file: Path) -> Tensor:
+        image = read_image(file)
         shrink = SHORT_SIDE / min(image.shape[1:])
         return image if shrink >= 1 else resize_uint8(image, [max(1, round(side * shrink)) for side in image.shape[1:]])
 
-    with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
-        found = list(pool.map(load, find_images(path, leave_out).values()))
+    found = read_all(load, find_images(path, leave_out).values(), bad_images)
     good = [image for image in found if isinstance(image, Tensor)]
     if not good:
         raise UserError(f"none of the {len(found)} picture(s) in {path} can be read; the first: {found[0]}")
