@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pictures.files import find_images
 from pictures.folders import load_folder
-from pictures.shards import count_pictures, is_shards, open_shards
+from pictures.shards import ShardStream, count_pictures, is_shards, shard_urls
 from training.processes import on_main
 from utils import UserError, fingerprint, seeded
 
@@ -62,9 +62,8 @@ class ShardPictures:
         epoch, k = divmod(step, self.count // self.batch_size)
         if step != self.next_step or k == 0:
             mine = self.batch_size // self.processes
-            shards = open_shards(self.pattern, self.size, batch_size=mine, seed=self.seed, epoch=epoch,
-                                 rank=self.rank, world_size=self.processes, start=k * mine,
-                                 bad_images=self.bad_images)    # fmt: skip
+            shards = ShardStream(self.pattern, self.size, mine, self.seed, epoch, self.rank, self.processes, k * mine,
+                                 self.bad_images)    # fmt: skip
             # A generator of its own: the loader would draw from the global one, which dropout draws from as well.
             self.stream = iter(DataLoader(shards, mine, num_workers=self.workers, drop_last=True,
                                           worker_init_fn=_ignore_signals, generator=torch.Generator()))    # fmt: skip
@@ -91,7 +90,7 @@ def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictu
         images = torch.cat([load_folder(path, size, args.bad_images, other_folders(args)) for path in paths])
         pictures = FolderPictures(images, c.batch_size, **place)
     elif len(paths) == 1:
-        shards = open_shards(paths[0], size).urls
+        shards = shard_urls(paths[0])
         count = args.train_pictures or on_main(accelerator, lambda: sum(map(count_pictures, shards)))
         pictures = ShardPictures(paths[0], count, size, c.batch_size, **place, workers=args.workers,
                                  bad_images=args.bad_images)    # fmt: skip
@@ -124,7 +123,7 @@ def other_folders(args: Any) -> list[str]:
 def picture_files(path: str, leave_out: Iterable[str] = ()) -> list[Path]:
     """The pictures of a folder, or the shards of a pattern."""
     if is_shards(path):
-        return [Path(url) for url in open_shards(path, 1).urls]
+        return [Path(url) for url in shard_urls(path)]
     return list(find_images(path, leave_out).values())
 
 

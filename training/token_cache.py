@@ -31,7 +31,7 @@ from models.vqgan import VQGAN
 from pictures.files import find_images
 from pictures.folders import read_all, read_square
 from pictures.images import to_float
-from pictures.shards import count_pictures, is_shards, open_shards
+from pictures.shards import ShardStream, count_pictures, is_shards, shard_urls
 from training.pictures_by_step import other_folders
 from training.processes import on_main
 from utils import UserError, atomic_write, fingerprint, progress
@@ -84,7 +84,7 @@ def list_pieces(paths: list[str], leave_out: Iterable[str] = ()) -> list[Piece]:
     parts: list[tuple[list[Path], str | None]] = []
     for path in paths:
         if is_shards(path):
-            parts += [([Path(url)], url) for url in open_shards(path, 1).urls]
+            parts += [([Path(url)], url) for url in shard_urls(path)]
         else:
             files = list(find_images(path, leave_out).values())
             parts += [(files[start : start + PIECE], None) for start in range(0, len(files), PIECE)]
@@ -174,7 +174,7 @@ def _open(path: Path) -> Iterator[Any]:
 def _read(piece: Piece, size: int, bad_images: str, bad: list[UserError]) -> Iterator[Tensor]:
     """A piece's pictures, (n, 3, size, size) uint8 at a time. Errors of pictures that are skipped go to `bad`."""
     if piece.shard is not None:
-        stream = iter(open_shards(piece.shard, size, seed=None, bad_images=bad_images))
+        stream = iter(ShardStream(piece.shard, size, seed=None, bad_images=bad_images))
         while images := list(islice(stream, PIECE)):
             yield torch.stack(images)
         return
