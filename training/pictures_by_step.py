@@ -81,23 +81,19 @@ def _ignore_signals(worker: int) -> None:
 
 
 def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictures | ShardPictures:
-    """The training pictures that --train-dir names. Raises if they don't make up one batch."""
+    """The training pictures that --train-dir names."""
     paths = args.train_dir
     place = {"seed": c.seed, "rank": accelerator.process_index, "processes": accelerator.num_processes}
     if args.workers < 0 or (args.train_pictures is not None and args.train_pictures < 1):
         raise UserError("--workers must be 0 or more and --train-pictures at least 1")
     if not any(is_shards(path) for path in paths):
         images = torch.cat([load_folder(path, size, args.bad_images, other_folders(args)) for path in paths])
-        pictures = FolderPictures(images, c.batch_size, **place)
-    elif len(paths) == 1:
-        shards = shard_urls(paths[0])
-        count = args.train_pictures or on_main(accelerator, lambda: sum(map(count_pictures, shards)))
-        pictures = ShardPictures(paths[0], count, size, c.batch_size, **place, workers=args.workers,
-                                 bad_images=args.bad_images)    # fmt: skip
-    else:
+        return FolderPictures(images, c.batch_size, **place)
+    if len(paths) > 1:
         raise UserError("--train-dir takes folders, or one quoted pattern of shards such as 'cats-{0000..0099}.tar'")
-    check_one_batch(len(pictures), c)
-    return pictures
+    shards = shard_urls(paths[0])
+    count = args.train_pictures or on_main(accelerator, lambda: sum(map(count_pictures, shards)))
+    return ShardPictures(paths[0], count, size, c.batch_size, **place, workers=args.workers, bad_images=args.bad_images)
 
 
 def input_pictures(args: Any, pictures: Sized, val_images: Tensor) -> dict[str, str]:
@@ -129,11 +125,6 @@ def picture_files(path: str, leave_out: Iterable[str] = ()) -> list[Path]:
 
 def size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0    # a shard on another machine
-
-
-def check_one_batch(pictures: int, c: Any) -> None:
-    if pictures < c.batch_size:
-        raise UserError(f"{pictures} training pictures are fewer than one batch ({c.batch_size}); lower --batch-size")
 
 
 @functools.lru_cache(maxsize=1)    # asked for at every step, new once an epoch

@@ -20,7 +20,6 @@ from models.maskgit import MaskGIT, pixel_to_token_mask
 from models.schedule import SCHEDULES
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
-from pictures.folders import load_folder
 from pictures.images import to_float
 from training.config import Fraction, GuessConfig, Positive, Steps, Weight, check_size, fit_transformer
 from training.loop import is_due, run_stage
@@ -29,14 +28,14 @@ from training.masks import open_masks
 from training.muon import Muon
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import keys_set, load_sections
-from training.pictures_by_step import check_one_batch, input_pictures, other_folders
+from training.pictures_by_step import input_pictures
 from training.processes import on_main
 from training.run import Run
 from training.speed import Ahead, Captured
 from training.token_batches import Batch, draw_batch, draw_masks, prepare
 from training.token_cache import TokenCache, encode, open_tokens
 from training.weights import guess_inputs, load_vqgan, trained_transformer, vqgan_with_guess
-from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_windows, write_windows
+from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_sets, write_windows
 from utils import UserError, build_config, seeded
 
 
@@ -149,16 +148,10 @@ def build_run(
         model.embed_codes(seeded(c.seed, "embed codes"))
     model.to(accelerator.device)
 
-    masks, val_windows = open_masks(args), None
-    if c.windows:
-        pictures, val_windows = open_windows(args, model.image_size, c, accelerator, masks)
-        val_images = val_windows.image
-    else:
-        val_images = load_folder(args.val_dir, model.image_size, args.bad_images, other_folders(args))[: c.val_pictures]
-        pixels = model_config.pixel_dim > 0 or c.augment > 0
-        pictures = open_tokens(args, model.vqgan, c.mirror, pixels, accelerator)
+    masks, pixels = open_masks(args), model_config.pixel_dim > 0 or c.augment > 0
+    whole = partial(open_tokens, args, model.vqgan, c.mirror, pixels, accelerator)
+    pictures, val_images, val_windows = open_sets(args, model.image_size, c, accelerator, masks, whole)
     val_tokens = encode(model.vqgan, val_images, accelerator.device)
-    check_one_batch(len(pictures), c)
 
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model.transformer, c)

@@ -5,7 +5,7 @@ hole it is given the enlarged completion of the size below, a guess. Here such w
 All of a batch is a function of (seed, step), as everywhere.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from models.maskgit import MaskGIT
 from models.vqgan import VQGAN
 from pictures import holes as random_masks
 from pictures.files import find_images
-from pictures.folders import read_all
+from pictures.folders import load_folder, read_all
 from pictures.holes import window_holes
 from pictures.images import read_image, to_float
 from pictures.shards import is_shards
@@ -227,15 +227,24 @@ def resize_uint8(image: Tensor, sides: list[int]) -> Tensor:
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
-def validation_windows(
-    photographs: list[Tensor], size: int, count: int, seed: int, masks: Masks = random_masks
-) -> WindowBatch:
-    """Fixed windows, half of them with a guess."""
-    return Windows(photographs, size, count, count, seed, masks=masks).batch(0, "validation windows")
+def open_sets(
+    args: Any, size: int, c: Any, accelerator: Any, masks: MaskSource, whole: Callable[[], Sized]
+) -> tuple[Any, Tensor, WindowBatch | None]:
+    """The training set of --train-dir, for a stage's config, and the pictures of --val-dir to validate on.
 
-
-def open_windows(args: Any, size: int, c: Any, accelerator: Any, masks: MaskSource) -> tuple[Windows, WindowBatch]:
-    """The training windows of --train-dir, for a stage's config, and fixed ones of --val-dir to validate on."""
+    Args:
+        whole: makes a training set of whole pictures.
+    Returns:
+        The training set; (M, 3, size, size) uint8; where these are windows, what belongs to them: half have a guess.
+    """
+    if not c.windows:
+        val_images = load_folder(args.val_dir, size, args.bad_images, other_folders(args))[: c.val_pictures]
+        pictures = whole()
+        if len(pictures) < c.batch_size:
+            raise UserError(
+                f"{len(pictures)} training pictures are fewer than one batch ({c.batch_size}); lower --batch-size"
+            )
+        return pictures, val_images, None
     place = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
     if c.windows < c.batch_size:
         raise UserError(f"config windows ({c.windows}, an epoch) must be at least batch_size ({c.batch_size})")
@@ -243,7 +252,9 @@ def open_windows(args: Any, size: int, c: Any, accelerator: Any, masks: MaskSour
     photographs = load_photographs(args.train_dir, args.bad_images, other_folders(args))
     windows = Windows(photographs, size, c.windows, c.batch_size, c.seed, share, **place, masks=masks.train)
     val_photographs = load_photographs([args.val_dir], args.bad_images, other_folders(args))
-    return windows, validation_windows(val_photographs, size, c.val_pictures, c.seed, masks.val)
+    fixed = Windows(val_photographs, size, c.val_pictures, c.val_pictures, c.seed, masks=masks.val)
+    val_windows = fixed.batch(0, "validation windows")
+    return windows, val_windows.image, val_windows
 
 
 @torch.no_grad()
