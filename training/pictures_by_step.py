@@ -98,14 +98,17 @@ def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictu
 
 def input_pictures(args: Any, pictures: Sized, val_images: Tensor) -> dict[str, str]:
     """What the training and validation pictures are: how many, and a hash of their files' names and sizes."""
-    training = [(file.name, size(file)) for path in args.train_dir for file in picture_files(path, other_folders(args))]
+
+    def sizes(paths: Iterable[str], leave_out: Iterable[str] = ()) -> str:
+        files = (file for path in paths for file in picture_files(path, leave_out))
+        return fingerprint([(file.name, size_and_time(file)[0]) for file in files])
 
     def masks(path: str | None) -> str:
-        return fingerprint([(file.name, size(file)) for file in picture_files(path)]) if path else "drawn at random"
+        return sizes([path]) if path else "drawn at random"
 
     return {
         "training masks": masks(args.train_masks), "validation masks": masks(args.val_masks),
-        "training pictures": f"{len(pictures)} ({fingerprint(training)})",
+        "training pictures": f"{len(pictures)} ({sizes(args.train_dir, other_folders(args))})",
         "validation pictures": f"{len(val_images)} ({fingerprint(val_images)})",
     }
 
@@ -123,8 +126,13 @@ def picture_files(path: str, leave_out: Iterable[str] = ()) -> list[Path]:
     return list(find_images(path, leave_out).values())
 
 
-def size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0    # a shard on another machine
+def size_and_time(file: Path) -> tuple[int, int]:
+    """Bytes, and nanoseconds of the last change; zeros of a shard on another machine."""
+    try:
+        status = file.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=1)    # asked for at every step, new once an epoch

@@ -32,7 +32,7 @@ from pictures.files import find_images
 from pictures.folders import read_all, read_square
 from pictures.images import to_float
 from pictures.shards import ShardStream, count_pictures, is_shards, shard_urls
-from training.pictures_by_step import other_folders
+from training.pictures_by_step import other_folders, size_and_time
 from training.processes import on_main
 from utils import UserError, atomic_write, fingerprint, progress
 
@@ -93,15 +93,7 @@ def list_pieces(paths: list[str], leave_out: Iterable[str] = ()) -> list[Piece]:
 
 def fingerprint_pictures(pieces: list[Piece]) -> str:
     """A hash of the names, sizes and times of all files. Reading the files would take too long."""
-    return fingerprint([[(file.name, *_size_and_time(file)) for file in piece.files] for piece in pieces])
-
-
-def _size_and_time(file: Path) -> tuple[int, int]:
-    try:
-        status = file.stat()
-    except OSError:    # a shard on another machine
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+    return fingerprint([[(file.name, *size_and_time(file)) for file in piece.files] for piece in pieces])
 
 
 def check_about(folder: Path, about: dict[str, Any]) -> None:
@@ -141,7 +133,8 @@ def build(
     with progress(total=count, desc="encoding the training set", unit="picture", disable=not missing) as bar:
         for piece in missing:
             with contextlib.ExitStack() as stack:
-                outputs = [stack.enter_context(_open(path)) for path in _paths(folder, piece, mirror, pixels)]
+                written = [stack.enter_context(atomic_write(path)) for path in _paths(folder, piece, mirror, pixels)]
+                outputs = [stack.enter_context(open(path, "wb")) for path in written]
                 for images in (part for whole in _read(piece, size, bad_images, bad) for part in whole.split(BATCH)):
                     sides = [images, images.flip(3)] if mirror else [images]
                     arrays = [encode(side).numpy().astype(np.uint16) for side in sides] + [images.numpy()] * pixels
@@ -163,12 +156,6 @@ def _count(piece: Piece) -> int:
 def _paths(folder: Path, piece: Piece, mirror: bool, pixels: bool) -> list[Path]:
     names = {"plain-{}.u16": True, "mirror-{}.u16": mirror, "pixels-{}.u8": pixels}
     return [folder / name.format(piece.name) for name, present in names.items() if present]
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        yield file
 
 
 def _read(piece: Piece, size: int, bad_images: str, bad: list[UserError]) -> Iterator[Tensor]:
