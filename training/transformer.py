@@ -56,7 +56,7 @@ class TrainTransformerConfig(GuessConfig):
     augment: Fraction = 0.0            # share of pictures turned, zoomed, moved and recoloured a little, encoded anew
     hole_share: Fraction = 0.6         # share of pictures whose hidden tokens lie in a hole-shaped mask
     full_share: Fraction = 0.15        # share of pictures of which nothing is known; the rest: tokens scattered at random
-    mask_schedule: Literal[SCHEDULES] = "cosine"    # gamma of the share hidden inside holes and of unknown pictures
+    mask_schedule: Literal[tuple(SCHEDULES)] = "cosine"    # gamma of the share hidden in holes and of unknown pictures
     sample_every: Count = 5            # epochs between two grids of completions, written with a validation
     val_pictures: Count = 512
 
