@@ -196,6 +196,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def writable_folder(path: str | Path) -> Path:
     """Make sure that a folder exists and can be written before hours of work go into it."""
     path = Path(path)

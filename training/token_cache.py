@@ -34,7 +34,7 @@ from pictures.images import to_float
 from pictures.shards import ShardStream, count_pictures, is_shards, shard_urls
 from training.pictures_by_step import other_folders, size_and_time
 from training.processes import on_main
-from utils import UserError, atomic_write, fingerprint, progress
+from utils import UserError, atomic_write, fingerprint, progress, write_text
 
 PIECE = 1024    # files of a folder in a piece; pictures held at a time
 BATCH = 128     # pictures encoded at a time
@@ -106,8 +106,7 @@ def check_about(folder: Path, about: dict[str, Any]) -> None:
     """
     path = folder / "about.json"
     if not path.exists():
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(about, indent=1) + "\n")
+        write_text(path, json.dumps(about, indent=1) + "\n")
         return
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
