@@ -278,10 +278,9 @@ T = TypeVar("T")
 
 
 def build_config(cls: type[T], values: dict[str, Any], section: str) -> T:
-    """Fill a dataclass; unknown keys, wrong types and values out of range are refused by the key's full name."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    """Fill a pydantic dataclass; unknown keys, wrong types and values out of range are refused by the key's full name."""
+    from pydantic import TypeAdapter, ValidationError
 
-    cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     # JSON: strict, yet a list may fill a list field. YAML's dates, which JSON lacks, become text.
     text = json.dumps({str(key): value for key, value in values.items()}, default=str)
     try:

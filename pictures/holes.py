@@ -33,8 +33,6 @@ def random_walks(count: int, size: int, generator: torch.Generator) -> Tensor:
     Such a walk is, in law, a free walk folded back at the borders: -1 -> 0, -2 -> 1, ...; so a cumulative sum and a
     remainder replace the loop over steps.
     """
-    if size < 2:
-        raise ValueError(f"size ({size}) must be at least 2, so that a mask has a hole and a known pixel")
     steps = max(1, round(WALK_STEPS * size * size))
     options = {"generator": generator, "device": generator.device, "dtype": torch.int32}
     direction = torch.randint(4, (count, steps), **options)                     # bit 0: sign, bit 1: axis
