@@ -24,7 +24,7 @@ from training.config import Fraction, GuessConfig, Positive, Steps, Weight
 from training.finish_losses import decoder_terms, discriminator_terms
 from training.finish_models import continue_discriminators, load_discriminators, load_model, load_networks
 from training.loop import run_stage
-from training.losses import hole_psnr, validation_holes, write_grid
+from training.losses import hole_psnr, validation_holes
 from training.masks import open_masks
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import load_sections
@@ -34,7 +34,7 @@ from training.run import Run
 from training.sampled_batches import Batch, draw_batch, prepare
 from training.speed import Ahead, Captured, in_side_stream
 from training.weights import fingerprint_module, guess_inputs
-from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_sets, write_windows
+from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_sets, write_completions
 from utils import UserError, build_config
 
 Scales = Annotated[list[Count], Field(min_length=1)]    # enlargements at which a perceptual network looks
@@ -145,10 +145,7 @@ class FinishRun(Run):
 
     def validate(self, epoch: int, grid: Path) -> dict[str, float]:
         if self.accelerator.is_main_process:
-            if self.val_windows is None:
-                write_completions(self, grid)
-            else:
-                write_windows(self.accelerator, self.model, self.val_windows, grid)
+            write_completions(self, self.model, grid, total_iter=8)
         return validate(self)
 
     def export(self, path: Path, step: int) -> None:
@@ -281,13 +278,3 @@ def validate(run: FinishRun) -> dict[str, float]:
 
     scores = run.mean_scores(sums(), len(images))
     return scores | {"val_loss": scores["val_true_perceptual"] + scores["val_sampled_perceptual"]}
-
-
-@torch.no_grad()
-def write_completions(run: FinishRun, path: Path) -> None:
-    """A grid of 12 validation pictures: as they are, with their holes, completed and pasted."""
-    hole = validation_holes(run)[:12].to(run.accelerator.device)
-    image = to_float(run.val_images[:12]).to(run.accelerator.device)
-    with run.accelerator.autocast():
-        done = run.model.complete(image, hole, range(len(image)), total_iter=8).images
-    write_grid(path, image, image.masked_fill(hole, 0), torch.where(hole, done, image))

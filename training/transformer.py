@@ -23,7 +23,6 @@ from models.vqgan import VQGANConfig
 from pictures.images import to_float
 from training.config import Fraction, GuessConfig, Positive, Steps, Weight, check_size, fit_transformer
 from training.loop import is_due, run_stage
-from training.losses import validation_holes, write_grid
 from training.masks import open_masks
 from training.muon import Muon
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
@@ -35,7 +34,7 @@ from training.speed import Ahead, Captured
 from training.token_batches import Batch, draw_batch, draw_masks, prepare
 from training.token_cache import TokenCache, encode, open_tokens
 from training.weights import guess_inputs, load_vqgan, trained_transformer, vqgan_with_guess
-from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_sets, write_windows
+from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_sets, write_completions
 from utils import UserError, build_config, seeded
 
 
@@ -116,10 +115,7 @@ class TransformerRun(Run):
 
     def validate(self, epoch: int, grid: Path) -> dict[str, float]:
         if self.accelerator.is_main_process and is_due(epoch, self.config.sample_every, self.config.epochs):
-            if self.val_windows is None:
-                write_completions(self, grid)
-            else:
-                write_windows(self.accelerator, self.ema, self.val_windows, grid)
+            write_completions(self, self.ema, grid, from_nothing=True)
         scores = validate(self)
         self.plateau.step(scores["val_loss"])
         return scores
@@ -266,14 +262,3 @@ def validate(run: TransformerRun) -> dict[str, float]:
     if windows is not None:    # of the windows with a guess alone
         scores["val_guessed"] *= int(masked.sum()) / max(1, int(masked[windows.plan.given].sum()))
     return scores
-
-
-@torch.no_grad()
-def write_completions(run: TransformerRun, path: Path) -> None:
-    """A grid of 12 validation pictures: as they are, with their holes, completed; last row: made from nothing."""
-    image = to_float(run.val_images[:12]).to(run.accelerator.device)
-    hole = validation_holes(run)[:12].to(image.device)
-    with run.accelerator.autocast():
-        done = run.ema.complete(image, hole, range(len(image))).images
-        made = run.ema.complete(image, torch.ones_like(hole), range(len(image)), total_iter=16).images
-    write_grid(path, image, image.masked_fill(hole, 0), torch.where(hole, done, image), made)

@@ -23,7 +23,7 @@ from pictures.holes import window_holes
 from pictures.images import read_image, to_float
 from pictures.shards import is_shards
 from training.config import GuessConfig
-from training.losses import write_grid
+from training.losses import validation_holes, write_grid
 from training.masks import Masks, MaskSource
 from training.pictures_by_step import other_folders
 from utils import UserError, notice, seeded
@@ -258,12 +258,27 @@ def open_sets(
 
 
 @torch.no_grad()
-def write_windows(accelerator: Any, model: MaskGIT, windows: WindowBatch, path: Path) -> None:
-    """A grid of 12 windows: as they are, with their holes, with the guesses in them, completed."""
-    image, holes, *plan = (x[:12].to(accelerator.device) for x in (windows.image, windows.holes, *windows.plan))
-    image = to_float(image)
-    guess = make_guess(model.vqgan, image, holes, GuessPlan(*plan))
-    with accelerator.autocast():
-        done = model.complete(image, holes, range(len(image)), guess=guess, total_iter=4).images
-    known = image.masked_fill(holes, 0)
-    write_grid(path, image, known, torch.where(guess[:, 3:].bool(), guess[:, :3], known), torch.where(holes, done, image))
+def write_completions(
+    run: Any, model: MaskGIT, path: Path, from_nothing: bool = False, total_iter: int | None = None
+) -> None:
+    """A grid of 12 validation pictures: as they are, with their holes, of windows with the guesses in them, and completed.
+
+    Args:
+        from_nothing: whole pictures are also made from nothing, in the last row.
+        total_iter: rounds of whole pictures.
+    """
+    windows = run.val_windows
+    fixed = run.val_images, windows.holes if windows else validation_holes(run), *(windows.plan if windows else ())
+    image, hole, *plan = (x[:12].to(run.accelerator.device) for x in fixed)
+    image, seeds, guess = to_float(image), range(len(image)), None
+    known = image.masked_fill(hole, 0)
+    rows = [image, known]
+    if plan:
+        guess, total_iter = make_guess(model.vqgan, image, hole, GuessPlan(*plan)), 4
+        rows.append(torch.where(guess[:, 3:].bool(), guess[:, :3], known))
+    with run.accelerator.autocast():
+        done = model.complete(image, hole, seeds, guess=guess, total_iter=total_iter).images
+        rows.append(torch.where(hole, done, image))
+        if from_nothing and not plan:
+            rows.append(model.complete(image, torch.ones_like(hole), seeds, total_iter=16).images)
+    write_grid(path, *rows)
