@@ -70,15 +70,11 @@ class PerceptualFeatures(nn.Module):
             x = x.contiguous(memory_format=self.layout)
         out: list[Tensor] = []
         for scale in self.scales:
-            out += self._at(x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear"))
-        return out
-
-    def _at(self, x: Tensor) -> list[Tensor]:
-        out = []
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            if i in self.taps:
-                out.append(F.normalize(x.float(), dim=1, eps=1e-6))
+            y = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear")
+            for i, layer in enumerate(self.layers):
+                y = layer(y)
+                if i in self.taps:
+                    out.append(F.normalize(y.float(), dim=1, eps=1e-6))
         return out
 
 
