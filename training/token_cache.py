@@ -70,8 +70,10 @@ def open_tokens(
     weights = [*vqgan.encoder.state_dict().values(), *vqgan.codebook.state_dict().values()]
     about = {
         "tokenizer": fingerprint(c.encoder, c.image_size, c.stride, c.l2_normalize, *weights),
-        "pictures": fingerprint_pictures(pieces), "pixels": pixels,
-    }    # fmt: skip
+        # Names, sizes and times of all files. Reading the files would take too long.
+        "pictures": fingerprint([[(file.name, *size_and_time(file)) for file in piece.files] for piece in pieces]),
+        "pixels": pixels,
+    }
     on_main(accelerator, lambda: check_about(folder, about))
     mine = pieces[accelerator.process_index :: accelerator.num_processes]
     build(folder, mine, partial(encode, vqgan, device=accelerator.device), c.image_size, mirror, pixels, args.bad_images)
@@ -89,11 +91,6 @@ def list_pieces(paths: list[str], leave_out: Iterable[str] = ()) -> list[Piece]:
             files = list(find_images(path, leave_out).values())
             parts += [(files[start : start + PIECE], None) for start in range(0, len(files), PIECE)]
     return [Piece(f"{number:06d}", files, shard) for number, (files, shard) in enumerate(parts)]
-
-
-def fingerprint_pictures(pieces: list[Piece]) -> str:
-    """A hash of the names, sizes and times of all files. Reading the files would take too long."""
-    return fingerprint([[(file.name, *size_and_time(file)) for file in piece.files] for piece in pieces])
 
 
 def check_about(folder: Path, about: dict[str, Any]) -> None:
