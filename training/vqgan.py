@@ -19,7 +19,7 @@ from models.discriminator import PatchDiscriminator, feature_matching, hinge_los
 from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual_distance
 from models.vqgan import VQGAN, VQGANConfig
 from pictures.images import to_float
-from training.config import Fraction, Positive, Weight, WindowsConfig, check_size, fit_decoder
+from training.config import Fraction, Positive, TrainConfig, Weight, check_size, fit_decoder
 from training.loop import run_stage
 from training.losses import hole_l1, hole_psnr, load_features, validation_holes, write_grid
 from training.masks import open_masks
@@ -35,7 +35,7 @@ from utils import UserError, build_config, seeded
 
 
 @dataclass(config=STRICT)
-class TrainVQGANConfig(WindowsConfig):
+class TrainVQGANConfig(TrainConfig):
     learning_rate: Positive = 4e-4
     discriminator_rate: Positive = 2e-4    # constant
     validate_every: Count = 2
