@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from evaluation.flags import add_score_flags
-from utils import Parser, UserError, atomic_write, count, notice, progress, run_cli, writable_folder
+from utils import Parser, UserError, count, notice, progress, run_cli, writable_folder, write_text
 
 PACKAGES = ("torch", "torchvision", "numpy", "torchmetrics", "pytorch-fid", "onnxruntime", "pillow", "scikit-learn")
 PAIRED = {"psnr": "PSNR dB", "ssim": "SSIM", "l1": "L1", "perceptual": "perceptual"}    # columns of the table of pairs
@@ -212,8 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     report = make_report(args, sys.argv[1:] if argv is None else argv)
     print(table(report))
     if args.json is not None:
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(finite(report), indent=2) + "\n")
     return 0
 
 

@@ -15,7 +15,7 @@ transformer's features of the known part. The finished model, all parts in one f
 The code of this stage is in training/finish.py; its losses are in training/finish_losses.py.
 """
 
-from training.options import add_perceptual_flag, add_shard_flags, training_parser
+from training.options import add_pixel_flags, training_parser
 from utils import run_cli
 
 
@@ -27,8 +27,7 @@ def main(argv: list[str] | None = None) -> int:
                          "finish it further, and a new discriminator)")    # fmt: skip
     flag("--discriminators", metavar="FILE", help="a last.pt of the finish, to continue its discriminators (default: those "
                                                   "of --vqgan, or new ones)")    # fmt: skip
-    add_shard_flags(parser)
-    add_perceptual_flag(parser)
+    add_pixel_flags(parser)
     flag("--second-weights", help="file with the weights of train_finish.second_network (default: downloaded)")
     flag("--capture", action="store_true", help="capture a step's gradients as one CUDA graph: faster on a GPU")
     args = parser.parse_args(argv)

@@ -14,15 +14,14 @@ so these terms judge what a person will see: the hole and its seam.
 The code of this stage is in training/vqgan.py.
 """
 
-from training.options import add_perceptual_flag, add_shard_flags, training_parser
+from training.options import add_pixel_flags, training_parser
 from utils import run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__)
     parser.add_argument("--init", metavar="FILE", help="begin from the VQGAN of this last.pt or model (default: at random)")
-    add_shard_flags(parser)
-    add_perceptual_flag(parser)
+    add_pixel_flags(parser)
     args = parser.parse_args(argv)
 
     from training.vqgan import train  # here, because it imports PyTorch, which takes seconds

@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         _told.clear()
@@ -196,6 +196,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def writable_folder(path: str | Path) -> Path:
     """Make sure that a folder exists and can be written before hours of work go into it."""
     path = Path(path)
@@ -272,10 +278,9 @@ T = TypeVar("T")
 
 
 def build_config(cls: type[T], values: dict[str, Any], section: str) -> T:
-    """Fill a dataclass; unknown keys, wrong types and values out of range are refused by the key's full name."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    """Fill a pydantic dataclass; unknown keys, wrong types and values out of range are refused by the key's full name."""
+    from pydantic import TypeAdapter, ValidationError
 
-    cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     # JSON: strict, yet a list may fill a list field. YAML's dates, which JSON lacks, become text.
     text = json.dumps({str(key): value for key, value in values.items()}, default=str)
     try:

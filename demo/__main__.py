@@ -20,7 +20,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m demo", description=__doc__)
     flag = parser.add_argument
     flag("--checkpoint",
          help="model (default: of checkpoints/, cat64.safetensors for pictures of 64x64 and photo.safetensors for others)")

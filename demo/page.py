@@ -103,10 +103,8 @@ class Page:
         return {
             ui.status: status_html(text, notes),
             ui.photo: photo,
-            ui.editor: {
-                "background": self.file(value["background"]),
-                "layers": [self.file(layer) for layer in value["layers"]],
-                "composite": None,
+            ui.editor: value | {
+                "background": self.file(value["background"]), "layers": [self.file(layer) for layer in value["layers"]]
             },
             ui.samples: gr.Gallery(selected_index=None),    # so that the same sample can be chosen again
         }

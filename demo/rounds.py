@@ -42,14 +42,9 @@ def steps(snapshots: list[Snapshot]) -> list[Step]:
     return made
 
 
-def fitted(image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """Scaled so that the longer side is `side`."""
-    return ImageOps.contain(image, (side, side), resample)
-
-
 def animation(shown: list[Step]) -> str:
     """The rounds one after the other: the picture on the left, its tokens on the right."""
-    last = fitted(shown[-1].picture, SIDE)
+    last = ImageOps.contain(shown[-1].picture, (SIDE, SIDE))
     frames = []
     for step in shown:
         frame = Image.new("RGB", (2 * last.width + 8, last.height), "white")
@@ -71,7 +66,7 @@ def rounds_html(snapshots: list[Snapshot], title: str) -> str:
     """Animation and strip, as HTML."""
     shown = steps(snapshots)
     items = "".join(
-        f'<li><img src="{data_url("png", [fitted(step.picture, SIDE)])}" alt="{step.title}: the picture">'
+        f'<li><img src="{data_url("png", [ImageOps.contain(step.picture, (SIDE, SIDE))])}" alt="{step.title}: the picture">'
         f'<img class="tokens" src="{data_url("png", [step.tokens])}" alt="{step.title}: {step.note}">'
         f"<b>{step.title}</b><span>{step.note}</span></li>"
         for step in shown

@@ -83,7 +83,7 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
 
 def kernel_distance(
     a: Tensor, b: Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 0
-) -> dict[str, float]:
+) -> tuple[float, float]:
     """Kernel distance of feature sets (N, D) and (M, D): mean and standard deviation over random subsets.
 
     Args:
@@ -106,7 +106,7 @@ def kernel_distance(
         metric.update(a.double().cpu(), real=True)
         metric.update(b.double().cpu(), real=False)
         mean, std = metric.compute()
-    return {"mean": mean.item(), "std": std.item(), "subsets": subsets, "subset_size": subset_size, "seed": seed}
+    return mean.item(), std.item()
 
 
 def indistinguishable(real: Tensor, fake: Tensor, paired: bool = False, seed: int = 0) -> tuple[float, float]:

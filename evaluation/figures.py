@@ -60,7 +60,7 @@ def draw_schedules(axis, rows: list[Row], x: str, score: str) -> None:
         places = sorted({int(row[x]) for row in mine})
         points = [mean_and_spread((row for row in mine if int(row[x]) == place), score) for place in places]
         mean, spread = np.array(points).T
-        i = SCHEDULES.index(schedule)
+        i = list(SCHEDULES).index(schedule)
         axis.fill_between(places, mean - spread, mean + spread, color=COLOURS[i], alpha=0.15, linewidth=0)
         axis.plot(places, mean, label=schedule, color=COLOURS[i], marker=MARKERS[i], markersize=3.5, linewidth=1.2)
 
@@ -132,7 +132,7 @@ def schedule_curves(schedules: Sequence[str], path: str | Path) -> None:
     figure, axes = panels(1, 1, 3.6, 3.0)
     axis, r = axes[0, 0], torch.linspace(0, 1, 201, dtype=torch.float64)
     for schedule in schedules:
-        axis.plot(r, gamma(schedule, r), label=schedule, color=COLOURS[SCHEDULES.index(schedule)], linewidth=1.5)
+        axis.plot(r, gamma(schedule, r), label=schedule, color=COLOURS[list(SCHEDULES).index(schedule)], linewidth=1.5)
     axis.set_xlabel("progress r = t / T", fontsize=9)
     axis.set_ylabel("share still masked", fontsize=9)
     axis.set_xlim(0, 1)

@@ -146,10 +146,9 @@ class Judge:
         scores = {frechet: frechet_distance(other.moments, mine.moments), kernel: math.nan}
         smaller = min(other.moments.count, mine.moments.count)
         if other.features is not None and smaller >= 4:    # fewer have no different subsets
-            found = kernel_distance(
+            scores[kernel], scores[f"{kernel} spread"] = kernel_distance(
                 other.features, mine.features, self.kernel_subsets, self.kernel_subset_size, self.seed
             )
-            scores[kernel], scores[f"{kernel} spread"] = found["mean"], found["std"]
         return scores
 
     def names(self, svm: bool = True) -> list[str]:

@@ -52,8 +52,8 @@ def paired_metrics(pred: Tensor, truth: Tensor, hole: Tensor, perceptual: Percep
     Returns:
         columns of B float64 numbers: psnr (dB), ssim, l1 (on a scale of 0 to 1), perceptual; each also as hole_... over the
         hole alone (nan for a picture without a hole); hole_area (share of the picture); known_pixels and known_changed
-        (a pixel counts once however many of its channels differ); rim_gradient and inside_gradient (see there), of the
-        completed picture, and with _truth behind the name of the original.
+        (a pixel counts once however many of its channels differ); rim_gradient and inside_gradient (see `mean_step`), of
+        the completed picture, and with _truth behind the name of the original.
     """
     # torchmetrics takes seconds to import
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -73,10 +73,10 @@ def paired_metrics(pred: Tensor, truth: Tensor, hole: Tensor, perceptual: Percep
         "hole_area": hole.float().mean((1, 2, 3)),
         "known_pixels": (~hole).sum((1, 2, 3)),
         "known_changed": ((pred != truth).any(1, keepdim=True) & ~hole).sum((1, 2, 3)),     # exact on uint8
-        "rim_gradient": rim_gradient(a, hole),
-        "rim_gradient_truth": rim_gradient(b, hole),
-        "inside_gradient": inside_gradient(a, hole),
-        "inside_gradient_truth": inside_gradient(b, hole),
+        "rim_gradient": mean_step(a, hole, torch.ne),
+        "rim_gradient_truth": mean_step(b, hole, torch.ne),
+        "inside_gradient": mean_step(a, hole, torch.logical_and),
+        "inside_gradient_truth": mean_step(b, hole, torch.logical_and),
     }
     if perceptual is not None:
         columns["perceptual"] = perceptual(2 * a - 1, 2 * b - 1, None)
@@ -90,26 +90,19 @@ def hole_mean(values: Tensor, hole: Tensor) -> Tensor:
     return (values * hole).double().sum((1, 2, 3)) / (3 * hole.sum((1, 2, 3)))
 
 
-def rim_gradient(images: Tensor, hole: Tensor) -> Tensor:
-    """How steep pictures are across the rim of their holes, where a visible seam would be.
-
-    The mean absolute difference of neighbouring pixels, left and right or above and below, of which exactly one lies in
-    the hole.
+def mean_step(images: Tensor, hole: Tensor, chosen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """How steep pictures are: the mean absolute difference of neighbouring pixels, left and right or above and below.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
         hole: bool (B, 1, H, W).
+        chosen: torch.ne for pairs of which exactly one lies in the hole: across its rim a visible seam would be.
+            torch.logical_and for pairs that both lie in the hole: how much detail there is.
     Returns:
-        (B,), on the images' scale; nan for a picture without a rim.
+        (B,), on the images' scale; nan for a picture without such pairs.
     """
-    total, count = neighbour_steps(images, hole, torch.ne)
+    total, count = neighbour_steps(images, hole, chosen)
     return total / count    # 0 / 0 = nan
-
-
-def inside_gradient(images: Tensor, hole: Tensor) -> Tensor:
-    """`rim_gradient` of the neighbours that both lie in the hole: how much detail there is; nan for single pixels."""
-    total, count = neighbour_steps(images, hole, torch.logical_and)
-    return total / count
 
 
 def summarise(columns: dict[str, Tensor], rows: Tensor | slice = slice(None)) -> dict[str, float]:

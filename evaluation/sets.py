@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from evaluation.judge import Judge
+from evaluation.judge import Judge, check_pair
 from pictures.files import find_images, match_names, pair
 from pictures.images import read_image
 from pictures.masks import read_pair
@@ -38,8 +38,7 @@ def load_pictures(
     for name, image_path, mask_path in progress(pairs[:limit], desc="reading", unit="picture"):
         image, hole = read_pair(image_path, mask_path, mask_hole)
         original = read_image(files[partner[name]]) if files else image
-        if original.shape != image.shape:
-            raise UserError(f"{image_path} and its original {files[partner[name]]} must have one size")
+        check_pair(image_path, image, original)
         pictures.append(Picture(name, image, hole, original))
     if not any(bool(picture.hole.any()) for picture in pictures):
         raise UserError(f"no mask in {masks} has a hole: there is nothing to complete (see --mask-hole)")

@@ -11,7 +11,7 @@ from evaluation.sets import Picture
 from models import MaskGIT
 from models.completion import complete_pictures
 from models.pyramid import Job, Result
-from utils import UserError, atomic_write, fingerprint, seeded
+from utils import UserError, fingerprint, seeded, write_text
 
 KEY = ("decoder", "mask_func", "total_iter", "sweet_spot", "temperature", "choice_temperature", "seed")
 # What a decoder does not use is left blank in the results, and not varied.
@@ -135,8 +135,7 @@ def load_results(output: Path, expected: dict, header: list[str]) -> list[dict[s
     """Rows of an earlier sweep in the same folder, which must have had the same model, pictures and scores."""
     results, about = output / "results.csv", output / "sweep.json"
     if not results.exists():
-        with atomic_write(about) as temporary:
-            temporary.write_text(json.dumps(expected, indent=2) + "\n", encoding="utf-8")
+        write_text(about, json.dumps(expected, indent=2) + "\n")
         return []
     try:
         before = json.loads(about.read_text(encoding="utf-8"))

@@ -70,19 +70,14 @@ class Codebook(nn.Module):
         return F.embedding(indices, self.codes()).permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def restart_dead(self, usage: Tensor, latents: Tensor, generator: torch.Generator | None = None) -> int:
+    def restart_dead(self, usage: Tensor, latents: Tensor, generator: torch.Generator) -> None:
         """Move unused codes onto random latents (Dhariwal et al. 2020, Jukebox, section 3.1).
 
         Args:
             usage: (K,) how often each code was used lately, summed over all processes.
             latents: (M, codebook_dim) recent encoder outputs, the same on all processes.
-        Returns:
-            The number of codes restarted.
         """
         dead = (usage == 0).nonzero().flatten()                             # (n,)
-        if len(dead) == 0 or len(latents) == 0:
-            return 0
         pick = torch.randint(len(latents), (len(dead),), generator=generator)
         fresh = latents[pick.to(latents.device)].float()                    # (n, d)
         self.embedding.weight[dead] = F.normalize(fresh, dim=1) if self.l2_normalize else fresh
-        return len(dead)

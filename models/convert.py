@@ -158,34 +158,26 @@ def _span(values: Tensor) -> str:
     return f"from {values.min().item():g} to {values.max().item():g}"
 
 
-def shrink(pixels: Tensor, hole: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """To the model's size: (1, 3, size, size) in [-1, 1] and (1, 1, size, size) float, 1 where any hole pixel falls.
-
-    The hole is blanked with the mean of the known pixels first, so that nothing of it is mixed into its surroundings.
-    """
-    return _resize(pixels, hole, (size, size))
-
-
 def resize(pixels: Tensor, hole: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A picture, uint8 (3, H, W), and its hole, bool (1, H, W), at another size; the hole does not leak into the rest."""
-    image, mask = _resize(pixels, hole, tuple(sides))
-    return to_uint8(image[0]), mask[0].bool()
+    """A picture, uint8 (3, H, W), and its hole, bool (1, H, W), at another size.
 
-
-def _resize(pixels: Tensor, hole: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    The hole is blanked with the mean of the known pixels first, so that nothing of it is mixed into its surroundings. It
+    stays a hole wherever any of its pixels falls.
+    """
+    size = tuple(sides)
+    if pixels.shape[-2:] == size:
+        return pixels, hole
     image = pixels.float().div(127.5).sub(1).unsqueeze(0)                # (1, 3, H, W)
     mask = hole.float().unsqueeze(0)                                     # (1, 1, H, W)
-    if image.shape[-2:] == size:
-        return image, mask
     mean = (image * (1 - mask)).sum((2, 3), keepdim=True) / (1 - mask).sum().clamp_min(1)
     image = torch.where(hole, mean, image)
     image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
     covered = F.interpolate(mask, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return image, (covered > 1e-4).float()
+    return to_uint8(image[0]), covered[0] > 1e-4
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Float in [-1, 1] to uint8 in [0, 255], rounded."""
+    """Float in [-1, 1] (clamped) to uint8 in [0, 255], rounded; the exact inverse of x / 127.5 - 1."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -26,8 +26,6 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 64, strided: int = 2) -> None:
         super().__init__()
-        if strided < 1:
-            raise ValueError(f"strided must be at least 1, got {strided}")
         layers: list[nn.Module] = [nn.Sequential(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))]
         for i in range(1, strided + 1):
             stride, width = (2, 4) if i < strided else (1, 3)    # the last one keeps the resolution
@@ -115,4 +113,3 @@ def mean_score(scores: Tensor, hole: Tensor | None = None) -> Tensor:
 def feature_matching(fake: list[Tensor], real: list[Tensor]) -> Tensor:
     """Mean absolute difference of the discriminator's features (Wang et al. 2018, pix2pixHD, equation 4)."""
     return torch.stack([F.l1_loss(f, r.detach()) for f, r in zip(fake, real, strict=True)]).mean()
-

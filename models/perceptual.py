@@ -32,7 +32,7 @@ class PerceptualFeatures(nn.Module):
         scales: factors by which the image is enlarged, one pass each. The networks were trained on 224 pixels, so in
             pictures of 64 the deep layers see only the whole.
     Raises:
-        ValueError: unknown network, scales below 1, a file that doesn't fit, or timm is missing.
+        ValueError: unknown network, a file that doesn't fit, or timm is missing.
         OSError: no file given, and the download failed.
     """
 
@@ -42,7 +42,6 @@ class PerceptualFeatures(nn.Module):
         super().__init__()
         if network not in TAPS:
             raise ValueError(f"unknown perceptual network {network!r}; expected one of {', '.join(TAPS)}")
-        check_scales(scales)
         layers, mean, std = (_timm_layers if network in TIMM else _torchvision_layers)(network, weights)
         self.taps, self.scales = TAPS[network], tuple(scales)
         self.layout: torch.memory_format | None = None    # of what the layers get; None: as it comes
@@ -71,21 +70,12 @@ class PerceptualFeatures(nn.Module):
             x = x.contiguous(memory_format=self.layout)
         out: list[Tensor] = []
         for scale in self.scales:
-            out += self._at(x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear"))
+            y = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear")
+            for i, layer in enumerate(self.layers):
+                y = layer(y)
+                if i in self.taps:
+                    out.append(F.normalize(y.float(), dim=1, eps=1e-6))
         return out
-
-    def _at(self, x: Tensor) -> list[Tensor]:
-        out = []
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            if i in self.taps:
-                out.append(F.normalize(x.float(), dim=1, eps=1e-6))
-        return out
-
-
-def check_scales(scales: Sequence[int], name: str = "scales") -> None:
-    if not scales or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in scales):
-        raise ValueError(f"{name} must be whole numbers, 1 or more, at least one of them, got {list(scales)}")
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor], weight: Tensor | None = None) -> Tensor:

@@ -8,7 +8,14 @@ import math
 import torch
 from torch import Tensor
 
-SCHEDULES = ("cosine", "linear", "square", "sqrt", "cubic", "arccos")
+SCHEDULES = {
+    "cosine": lambda r: torch.cos(r * math.pi / 2).where(r < 1, 0),    # cos(pi / 2) is 6e-17 in floating point
+    "linear": lambda r: 1 - r,
+    "square": lambda r: 1 - r**2,
+    "sqrt": lambda r: 1 - r.sqrt(),
+    "cubic": lambda r: 1 - r**3,
+    "arccos": lambda r: 2 * torch.arccos(r) / math.pi,
+}
 
 
 def gamma(schedule: str, r: Tensor | float) -> Tensor:
@@ -20,24 +27,12 @@ def gamma(schedule: str, r: Tensor | float) -> Tensor:
     Returns:
         float64 tensor like r, in [0, 1].
     Raises:
-        ValueError: unknown schedule, or progress outside [0, 1].
+        ValueError: progress outside [0, 1].
     """
     r = torch.as_tensor(r, dtype=torch.float64)
     if not bool(((r >= 0) & (r <= 1)).all()):    # so written, it refuses NaN too
         raise ValueError(f"progress must lie in [0, 1], got values from {r.min().item()} to {r.max().item()}")
-    if schedule == "cosine":
-        return torch.cos(r * math.pi / 2).where(r < 1, 0)    # cos(pi / 2) is 6e-17 in floating point
-    if schedule == "linear":
-        return 1 - r
-    if schedule == "square":
-        return 1 - r**2
-    if schedule == "sqrt":
-        return 1 - r.sqrt()
-    if schedule == "cubic":
-        return 1 - r**3
-    if schedule == "arccos":
-        return 2 * torch.arccos(r) / math.pi
-    raise ValueError(f"unknown mask schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[schedule](r)
 
 
 def mask_plan(schedule: str, num_masked: Tensor, total_iter: int) -> Tensor:
@@ -50,8 +45,6 @@ def mask_plan(schedule: str, num_masked: Tensor, total_iter: int) -> Tensor:
         (B, T) int64. Round t (from 1) leaves floor(gamma(t / T) * num_masked), but at least one token fewer than before
         while any is left, and 0 after round T. The released MaskGIT code rounds down too; the paper writes a ceiling.
     """
-    if total_iter < 1:
-        raise ValueError(f"total_iter must be at least 1, got {total_iter}")
     ratios = gamma(schedule, torch.arange(1, total_iter + 1, dtype=torch.float64) / total_iter)    # (T,)
     # 1 - 0.9 is a little less than 0.1 in floating point: without the margin, whole numbers would be rounded down.
     wanted = (ratios * num_masked.cpu().unsqueeze(1) + 1e-9).floor().long()                        # (B, T)

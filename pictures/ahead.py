@@ -61,10 +61,8 @@ def write_behind(budget: int) -> Iterator[Callable[..., None]]:
 
         def write(weight: int, function: Callable[..., None], *arguments: object) -> None:
             waiting.append((pool.submit(function, *arguments), weight))
-            while waiting[0][0].done() or (len(waiting) > 1 and sum(w for _, w in waiting) > budget):
+            while waiting and (waiting[0][0].done() or (len(waiting) > 1 and sum(w for _, w in waiting) > budget)):
                 waiting.popleft()[0].result()
-                if not waiting:
-                    break
 
         yield write
         for future, _ in waiting:

@@ -7,7 +7,7 @@ crops and rotations.
 """
 import hashlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from pictures.files import find_images
+from pictures.folders import LISTED, read_all
 from pictures.images import open_rgb
-from utils import UserError, progress
+from utils import UserError
 
-LISTED = 10         # unreadable pictures that are named
 THUMB = 16          # pixels a side of the thumbnails compared
 
 
@@ -57,16 +57,8 @@ def fingerprint(folder: Path, file: Path) -> Fingerprint:
 
 def fingerprint_folder(folder: Path, leave_out: Iterable[Path] = ()) -> list[Fingerprint]:
     """Fingerprint the pictures of a folder without `leave_out`; a UserError lists those that can't be read."""
-
-    def read(file: Path) -> Fingerprint | UserError:
-        try:
-            return fingerprint(folder, file)
-        except UserError as error:
-            return error
-
-    files = list(find_images(folder, leave_out).values())
-    with ThreadPoolExecutor() as pool:
-        results = list(progress(pool.map(read, files), total=len(files), desc=f"reading {folder}", unit="picture"))
+    files = find_images(folder, leave_out).values()
+    results = read_all(partial(fingerprint, folder), files, "skip", f"reading {folder}")
     bad = [str(result) for result in results if isinstance(result, UserError)]
     if bad:
         lines = "\n  ".join(bad[:LISTED])

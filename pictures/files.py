@@ -98,14 +98,12 @@ def _walk(folder: Path, leave_out: Iterable[str | Path]) -> Iterator[Path]:
 # ---- pairs ----
 
 
-def pair(
-    images: str | Path, masks: str | Path, leave_out: Iterable[str | Path] = (), words: tuple[str, str] = ("picture", "mask")
-) -> list[tuple[str, Path, Path]]:
+def pair(images: str | Path, masks: str | Path, leave_out: Iterable[str | Path] = ()) -> list[tuple[str, Path, Path]]:
     """Pair pictures with masks by name, never by position: [(name, image file, mask file)], sorted by name.
 
     A single mask file serves every picture; a single picture takes its mask from a folder of masks. See `match_names`.
     """
-    images, masks = Path(images), Path(masks)
+    images, masks, words = Path(images), Path(masks), ("picture", "mask")
     image_files = find_images(images, [masks, *leave_out])
     if masks.is_file():
         return [(name, image, masks) for name, image in image_files.items()]

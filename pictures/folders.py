@@ -1,9 +1,9 @@
 """Loads a folder of pictures as squares of one size."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from pictures.files import find_images
 from pictures.images import open_rgb
 from utils import UserError, notice, progress
 
-LISTED = 10                 # unreadable pictures that are named, when they are skipped
+LISTED = 10    # unreadable pictures that are named
+T, U = TypeVar("T"), TypeVar("U")
 
 
 def read_square(source: str | Path | BinaryIO, size: int, name: str | None = None) -> Tensor:
@@ -28,6 +29,28 @@ def read_square(source: str | Path | BinaryIO, size: int, name: str | None = Non
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()      # (3, size, size)
 
 
+def read_all(
+    read: Callable[[T], U], items: Collection[T], bad_images: str, show: str | None = None
+) -> list[U | UserError]:
+    """Call `read` for each item, in threads, as decoders release Python's lock. Returns the results in the items' order.
+
+    Args:
+        bad_images: "error" raises the first user error, "skip" puts each in the place of its result.
+        show: the words of a progress bar; None: without one.
+    """
+
+    def one(item: T) -> U | UserError:
+        try:
+            return read(item)
+        except UserError as error:
+            if bad_images == "error":
+                raise
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        return list(progress(pool.map(one, items), total=len(items), desc=show, unit="picture", disable=show is None))
+
+
 def load_folder(
     path: str | Path, size: int, bad_images: str = "error", leave_out: Iterable[str | Path] = ()
 ) -> Tensor:
@@ -39,23 +62,13 @@ def load_folder(
     Raises:
         UserError: there is no (readable) picture.
     """
-    if bad_images not in ("error", "skip"):
-        raise UserError(f"unknown bad_images {bad_images!r}; expected 'error' or 'skip'")
     files = list(find_images(path, leave_out).values())
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
 
-    def load(index: int) -> UserError | None:
-        try:
-            images[index] = read_square(files[index], size)
-        except UserError as error:
-            if bad_images == "error":
-                raise
-            return error
-        return None
+    def load(index: int) -> None:
+        images[index] = read_square(files[index], size)
 
-    with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
-        results = pool.map(load, range(len(files)))
-        errors = list(progress(results, total=len(files), desc=f"reading {path}", unit="picture"))
+    errors = read_all(load, range(len(files)), bad_images, f"reading {path}")
     bad = [error for error in errors if error is not None]
     if len(bad) == len(files):
         raise UserError(f"none of the {len(files)} picture(s) in {path} can be read; the first: {bad[0]}")

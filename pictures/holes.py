@@ -6,8 +6,6 @@ from torch import Tensor
 # Share of each family, and what it is for: walks are the shape of the test set's holes; strokes and boxes, of 5 to
 # 60 % of the picture, keep a model trained on them useful for hand-drawn holes.
 STROKE_SHARE, BOX_SHARE = 0.15, 0.10
-
-
 WALK_STEPS = 0.8    # steps per pixel of the picture; gives the test masks' 20.8 % hole at 64x64
 
 
@@ -22,7 +20,8 @@ def random_holes(count: int, size: int, generator: torch.Generator) -> Tensor:
     holes = torch.empty(count, size * size, dtype=torch.bool, device=generator.device)
     walk = ~(stroke | box)
     holes[walk] = random_walks(int(walk.sum()), size, generator).flatten(1)
-    holes[stroke] = _nearest(_distance_to_polyline(int(stroke.sum()), size, generator), generator)
+    points = torch.rand(int(stroke.sum()), 4, 1, 2, generator=generator, device=generator.device)
+    holes[stroke] = _nearest(_distance_to_segments(points, size).amin(1), generator)
     holes[box] = _nearest(_distance_to_box_centre(int(box.sum()), size, generator), generator)
     return holes.view(count, 1, size, size)
 
@@ -34,8 +33,6 @@ def random_walks(count: int, size: int, generator: torch.Generator) -> Tensor:
     Such a walk is, in law, a free walk folded back at the borders: -1 -> 0, -2 -> 1, ...; so a cumulative sum and a
     remainder replace the loop over steps.
     """
-    if size < 2:
-        raise ValueError(f"size ({size}) must be at least 2, so that a mask has a hole and a known pixel")
     steps = max(1, round(WALK_STEPS * size * size))
     options = {"generator": generator, "device": generator.device, "dtype": torch.int32}
     direction = torch.randint(4, (count, steps), **options)                     # bit 0: sign, bit 1: axis
@@ -63,13 +60,12 @@ def _pixel_grid(size: int, device: torch.device) -> Tensor:
     return torch.cartesian_prod(centres, centres)
 
 
-def _distance_to_polyline(count: int, size: int, generator: torch.Generator, corners: int = 4) -> Tensor:
-    """Euclidean distance of each pixel to a random polyline: (count, size * size)."""
-    points = torch.rand(count, corners, 1, 2, generator=generator, device=generator.device)
-    start, along = points[:, :-1], points.diff(dim=1)                           # (count, corners - 1, 1, 2)
-    offset = _pixel_grid(size, generator.device) - start                        # (count, corners - 1, P, 2)
+def _distance_to_segments(points: Tensor, size: int) -> Tensor:
+    """Euclidean distance of each pixel to each segment of lines through points (count, 4, 1, 2): (count, 3, size * size)."""
+    start, along = points[:, :-1], points.diff(dim=1)                           # (count, 3, 1, 2)
+    offset = _pixel_grid(size, points.device) - start                           # (count, 3, P, 2)
     t = ((offset * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-12)).clamp(0, 1)
-    return (offset - t * along).square().sum(-1).amin(1).sqrt()                 # (count, P)
+    return (offset - t * along).square().sum(-1).sqrt()                         # (count, 3, P)
 
 
 def _distance_to_box_centre(count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -108,11 +104,7 @@ def window_holes(count: int, size: int, generator: torch.Generator) -> tuple[Ten
 def _strokes(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Brush strokes of 2 to 40 pixels' width that may begin and end outside: bool (count, size * size)."""
     width = 2.0 * 20.0 ** torch.rand(count, 1, generator=generator) / size
-    points = torch.rand(count, 4, 1, 2, generator=generator) * 1.6 - 0.3
-    start, along = points[:, :-1], points.diff(dim=1)                                   # (count, 3, 1, 2)
-    offset = _pixel_grid(size, generator.device) - start                                # (count, 3, P, 2)
-    t = ((offset * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-12)).clamp(0, 1)
-    distance = (offset - t * along).square().sum(-1).sqrt()                             # (count, 3, P)
+    distance = _distance_to_segments(torch.rand(count, 4, 1, 2, generator=generator) * 1.6 - 0.3, size)    # (count, 3, P)
     segments = torch.randint(1, 4, (count, 1), generator=generator)                     # of the line, one to three
     distance = distance.masked_fill((torch.arange(3) >= segments).unsqueeze(-1), float("inf"))
     return distance.amin(1) < width / 2

@@ -177,11 +177,6 @@ def to_float(image: Tensor) -> Tensor:
     return image.float() / 127.5 - 1
 
 
-def to_uint8(image: Tensor) -> Tensor:
-    """float [-1, 1] (clamped) -> uint8 [0, 255], rounded; the exact inverse of `to_float`."""
-    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 # ---- metadata ----
 
 
@@ -226,8 +221,6 @@ def _metadata(image: Image.Image, pixels: np.ndarray) -> tuple[dict[str, Any], l
 
 def write_image(path: str | Path, image: Tensor) -> None:
     """Write a uint8 (3, H, W) picture as PNG; it appears under its name only when complete."""
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"write_image takes uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
     write_pixels(path, image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 

@@ -53,8 +53,6 @@ def read_mask(path: str | Path, hole: str = "black") -> Tensor:
     Raises:
         UserError: the file can't be read, or is a photograph.
     """
-    if hole not in COLOURS:
-        raise UserError(f"unknown hole colour {hole!r}; expected 'black' or 'white'")
     pixels = read_picture(path).pixels                                          # (H, W, C)
     channels = pixels.shape[2]
     if channels in (2, 4):

@@ -1,6 +1,5 @@
 """Holes for training that are drawn from a folder of masks, in place of the random ones of pictures/holes.py."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pictures.files import find_images
+from pictures.folders import read_all
 from pictures.masks import read_mask
 from utils import UserError
 
@@ -52,11 +52,10 @@ def squeeze(mask: Tensor, size: int) -> Tensor:
     return F.adaptive_max_pool2d(mask.float(), size).bool()
 
 
-def load_masks(path: str, hole: str = "black") -> OwnMasks:
+def load_masks(path: str) -> OwnMasks:
     """Read every mask of a folder; the hole is black. Masks without a hole or without anything known are refused."""
     files = list(find_images(path).values())
-    with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
-        masks = list(pool.map(lambda file: read_mask(file, hole), files))
+    masks = read_all(read_mask, files, "error")
     for file, mask in zip(files, masks, strict=True):
         if not bool(mask.any()) or bool(mask.all()):
             what = "all hole" if bool(mask.any()) else "without a hole"

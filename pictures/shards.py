@@ -21,21 +21,38 @@ from pictures.files import SUFFIXES
 from pictures.folders import LISTED, read_square
 from utils import UserError, progress
 
+BUFFER = 4096    # undecoded samples held, and shuffled among each other; `write_shards` shuffles too, so few suffice
+
 
 @dataclass
 class ShardStream(IterableDataset):
-    """One epoch of a rank's pictures from WebDataset shards: yields uint8 (3, size, size). Made by `open_shards`."""
+    """One epoch of pictures from WebDataset shards: yields uint8 (3, size, size), cut as in load_folder.
 
-    urls: list[str]
+    The order is a function of (seed, epoch) alone, and rank r takes samples r, r + world_size, ...: batch k of a rank
+    is a function of (seed, epoch, k, rank), the union of the ranks' batches does not depend on their number, and every
+    rank gives equally many (up to world_size - 1 samples at the end are left out). For that every rank reads all
+    shards and decodes its own samples only. In a DataLoader with workers, give both the same `batch_size`: then any
+    number of workers gives the batches that none gives.
+
+    Args:
+        pattern: see `shard_urls`.
+        seed: None keeps the order of the files.
+        start: samples of this rank to skip; batch k begins at start = k * batch_size. They are read, not decoded.
+        bad_images: "skip" puts another picture of the buffer in the place of one that can't be read, and says so.
+    """
+
+    pattern: str
     size: int
-    batch_size: int
-    seed: int | None
-    epoch: int
-    rank: int
-    world_size: int
-    start: int
-    buffer: int
+    batch_size: int = 1
+    seed: int | None = 0
+    epoch: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
     bad_images: str = "error"
+
+    def __post_init__(self) -> None:
+        self.urls = shard_urls(self.pattern)
 
     def __iter__(self) -> Iterator[Tensor]:
         info = get_worker_info()
@@ -60,27 +77,27 @@ class ShardStream(IterableDataset):
                 if len(bad) <= LISTED:
                     more = ", further ones are skipped in silence" if len(bad) == LISTED else ""
                     print(f"skipped: {error}; another picture takes its place{more}", file=sys.stderr, flush=True)
-        raise UserError(f"none of {self.buffer} pictures in a row can be read; the last: {bad[-1]}")
+        raise UserError(f"none of {BUFFER} pictures in a row can be read; the last: {bad[-1]}")
 
     def _shuffled(self, first: int) -> Iterator[tuple[int, Iterator[dict]]]:
         """The epoch's samples from position `first` on, all ranks together: (position, undecoded sample and who takes its
         place if it can't be read: those that follow it in its buffer, which all ranks see alike).
 
-        Shards come in the order of (seed, epoch); inside, each run of `buffer` samples is permuted by itself, so that
-        an earlier run need not be replayed and no more than `buffer` samples are held.
+        Shards come in the order of (seed, epoch); inside, each run of `BUFFER` samples is permuted by itself, so that
+        an earlier run need not be replayed and no more than `BUFFER` samples are held.
         """
         urls = self.urls
         if self.seed is not None:
             urls = [urls[i] for i in np.random.default_rng((self.seed, self.epoch)).permutation(len(urls))]
         samples = _read_shards(urls)
-        block, offset = divmod(first, self.buffer)
-        next(islice(samples, block * self.buffer, block * self.buffer), None)    # read over them, decode nothing
-        while chunk := list(islice(samples, self.buffer)):
+        block, offset = divmod(first, BUFFER)
+        next(islice(samples, block * BUFFER, block * BUFFER), None)    # read over them, decode nothing
+        while chunk := list(islice(samples, BUFFER)):
             order = np.arange(len(chunk))
             if self.seed is not None:
                 order = np.random.default_rng((self.seed, self.epoch, block + 1)).permutation(len(chunk))
             for i in range(offset, len(chunk)):
-                yield block * self.buffer + i, _cycle(chunk, order, i)
+                yield block * BUFFER + i, _cycle(chunk, order, i)
             block, offset = block + 1, 0
 
     def _decode(self, sample: dict) -> Tensor:
@@ -104,38 +121,18 @@ def picture_field(key: str, fields: list[str], shard: str) -> str:
     raise UserError(f"{files} in {shard} {problem}, or pack the pictures with python -m tools.dataset shards")
 
 
-def open_shards(pattern: str, size: int, *, batch_size: int = 1, seed: int | None = 0, epoch: int = 0, rank: int = 0,
-                world_size: int = 1, start: int = 0, buffer: int = 4096, bad_images: str = "error") -> ShardStream:
-    """Stream one epoch of pictures from WebDataset shards: an iterable of uint8 (3, size, size), cut as in load_folder.
-
-    The order is a function of (seed, epoch) alone, and rank r takes samples r, r + world_size, ...: batch k of a rank
-    is a function of (seed, epoch, k, rank), the union of the ranks' batches does not depend on their number, and every
-    rank gives equally many (up to world_size - 1 samples at the end are left out). For that every rank reads all
-    shards and decodes its own samples only. In a DataLoader with workers, give both the same `batch_size`: then any
-    number of workers gives the batches that none gives.
-
-    Args:
-        pattern: file name with braces, such as "cats-{000000..000009}.tar", or anything else WebDataset opens.
-        seed: None keeps the order of the files.
-        start: samples of this rank to skip; batch k begins at start = k * batch_size. They are read, not decoded.
-        buffer: undecoded samples held, and shuffled among each other. `shards` writes in random order, so that a
-            buffer smaller than the set suffices.
-        bad_images: "skip" puts another picture of the buffer in the place of one that can't be read, and says so.
-    """
+def shard_urls(pattern: str) -> list[str]:
+    """The shards of a pattern: file name with braces, such as "cats-{000000..000009}.tar", or what else WebDataset opens."""
     try:
         import webdataset
     except ImportError as error:
         raise UserError("reading shards needs the package webdataset: pip install webdataset") from error
 
-    if not 0 <= rank < world_size or start < 0 or epoch < 0 or min(size, batch_size, buffer) < 1 or (seed or 0) < 0:
-        raise ValueError(f"open_shards needs 0 <= rank ({rank}) < world_size ({world_size}), start ({start}), epoch "
-                         f"({epoch}) and seed ({seed}) >= 0, size ({size}), batch_size ({batch_size}) and buffer "
-                         f"({buffer}) >= 1")
     urls = webdataset.shardlists.expand_urls(str(pattern))
     missing = [url for url in urls if ":" not in url and not Path(url).is_file()]
     if missing:
         raise UserError(f"{len(missing)} of {len(urls)} shard(s) of {pattern} do not exist; the first: {missing[0]}")
-    return ShardStream(urls, size, batch_size, seed, epoch, rank, world_size, start, buffer, bad_images)
+    return urls
 
 
 def _cycle(chunk: list[dict], order: np.ndarray, first: int) -> Iterator[dict]:

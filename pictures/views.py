@@ -8,14 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_TURN = 6              # degrees to either side
-
-
 ZOOM = (0.92, 1.12)       # below 1 the borders are mirrored in
-
-
 MAX_MOVE = 0.06           # of the picture's side, in either direction
-
-
 COLOUR = (0.1, 0.15, 0.3)    # brightness (white is 1, black -1), contrast and saturation: how far from unchanged
 
 

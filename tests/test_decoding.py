@@ -305,7 +305,7 @@ def test_closed_forms_exact_ends_and_a_fall_between(schedule):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(SCHEDULES), st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(1, 40))
+@given(st.sampled_from(list(SCHEDULES)), st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(1, 40))
 def test_plan_falls_to_zero(schedule, holes, total_iter):
     plan = mask_plan(schedule, torch.tensor(holes), total_iter)
     assert plan.dtype == torch.int64 and plan.shape == (len(holes), total_iter)

@@ -38,7 +38,7 @@ from tiny_runs import (
 from models import MaskGIT
 from models.files import ModelFileError
 from pictures.images import read_image
-from pictures.shards import open_shards
+from pictures.shards import ShardStream
 from training.loop import MAX_SKIPPED
 from training.weights import load_vqgan
 from utils import UserError
@@ -280,7 +280,7 @@ def test_fuzzed_pictures_and_shards_are_read_or_refused(kind, tmp_path):
         path.write_bytes(content)
         with warnings.catch_warnings(), contextlib.suppress(UserError):
             warnings.simplefilter("ignore")
-            read = read_image if kind != "TAR" else lambda x: list(open_shards(str(x), 8, seed=None, bad_images="skip"))
+            read = read_image if kind != "TAR" else lambda x: list(ShardStream(str(x), 8, seed=None, bad_images="skip"))
             assert all(image.dtype == torch.uint8 for image in read(path))
 
 

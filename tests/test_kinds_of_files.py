@@ -14,7 +14,7 @@ from small_sets import save_pixels, write_tar
 from pictures.files import find_images, pair
 from pictures.images import read_image, read_picture, write_completed, write_pixels
 from pictures.masks import read_mask
-from pictures.shards import count_pictures, is_shards, open_shards
+from pictures.shards import ShardStream, count_pictures, is_shards
 from utils import Parser, UserError
 
 H, W = 12, 16
@@ -310,7 +310,7 @@ def png() -> bytes:
 ])
 def test_samples_that_hold_not_one_picture_are_refused_with_the_cause(tmp_path, files, word):
     pattern = write_tar(tmp_path / "a.tar", dict.fromkeys(files, png()))
-    for read in (count_pictures, lambda path: list(open_shards(path, 8))):
+    for read in (count_pictures, lambda path: list(ShardStream(path, 8))):
         with pytest.raises(UserError, match=word) as error:
             read(pattern)
         assert files[0].partition(".")[0] in str(error.value)
@@ -321,10 +321,10 @@ def test_dots_in_single_names_and_compressed_shards_are_read(tmp_path):
     files = {"a.v1.png": png(), "a.json": b"{}", "b.PNG": png()}
     for name, mode in (("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz")):
         path = write_tar(tmp_path / name, files, mode)
-        assert is_shards(path) and count_pictures(path) == 2 and len(list(open_shards(path, 8, seed=None))) == 2
+        assert is_shards(path) and count_pictures(path) == 2 and len(list(ShardStream(path, 8, seed=None))) == 2
     data = (tmp_path / "a.tar.gz").read_bytes()
     (tmp_path / "a.tar.gz").write_bytes(data[: len(data) // 2])
-    for read in (count_pictures, lambda path: list(open_shards(path, 8))):
+    for read in (count_pictures, lambda path: list(ShardStream(path, 8))):
         with pytest.raises(UserError, match="read"):
             read(str(tmp_path / "a.tar.gz"))
     assert not is_shards("folder.tarnished")

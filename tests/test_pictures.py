@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from small_sets import rng, save_pixels, smooth_picture
 
+from models.convert import to_uint8
 from pictures.ahead import write_behind
 from pictures.files import find_images, pair
 from pictures.folders import load_folder, read_square
 from pictures.hard_holes import CORNER, SHARES, hard_hole
-from pictures.holes import BOX_SHARE, _distance_to_polyline, random_holes, random_walks
-from pictures.images import read_image, to_float, to_uint8, write_image
+from pictures.holes import BOX_SHARE, _distance_to_segments, random_holes, random_walks
+from pictures.images import read_image, to_float, write_image
 from pictures.masks import read_mask
 from pictures.own_masks import load_masks
 from pictures.views import COLOUR, MAX_MOVE, MAX_TURN, ZOOM, Views, random_views, take_views
@@ -256,9 +257,8 @@ def test_random_holes_are_a_function_of_the_generator_and_a_tenth_are_boxes():
 
 
 def test_polyline_distance_matches_dense_sampling():
-    size = 16
-    distance = _distance_to_polyline(3, size, rng(5))
-    points = torch.rand(3, 4, 1, 2, generator=rng(5)).squeeze(2)             # the same draw
+    size, points = 16, torch.rand(3, 4, 2, generator=rng(5))
+    distance = _distance_to_segments(points.unsqueeze(2), size).amin(1)
     t = torch.linspace(0, 1, 400)[:, None]
     centres = (torch.arange(size) + 0.5) / size
     grid = torch.cartesian_prod(centres, centres)

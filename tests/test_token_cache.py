@@ -19,7 +19,7 @@ from tiny_runs import (
 )
 
 from pictures.folders import load_folder, read_square
-from pictures.shards import open_shards
+from pictures.shards import ShardStream
 from training import token_cache
 from training.checkpoints import load_checkpoint, save_checkpoint
 from utils import UserError
@@ -98,7 +98,7 @@ def test_bad_pictures_and_several_folders_and_shards(tmp_path, capsys, pictures)
     shards = write_shards(pictures, tmp_path)
     cache = build(tmp_path / "cache", [other, shards])
     _, shown = cache.rows(torch.arange(len(cache)), torch.zeros(len(cache), dtype=torch.bool))
-    streamed = list(open_shards(shards, SIZE, seed=None))
+    streamed = list(ShardStream(shards, SIZE, seed=None))
     assert torch.equal(shown, torch.cat([load_folder(other, SIZE), torch.stack(streamed)]))
 
 

@@ -1,13 +1,15 @@
 """utils.py: exit codes, notices, files that are written whole or not at all, config, seeds."""
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import pytest
 import torch
 import yaml
+from pydantic.dataclasses import dataclass
 from torch import nn
 
+from models.config import STRICT
 from utils import (
     Parser,
     UserError,
@@ -134,7 +136,7 @@ def test_bad_config_files_are_refused(tmp_path, text):
         assert "\n" not in str(caught.value)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Example:
     size: int = 8
     rate: float = 0.1

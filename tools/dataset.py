@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import Parser, UserError, atomic_write, count, progress, run_cli, seeded
+from utils import Parser, UserError, atomic_write, count, progress, run_cli, seeded, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,8 +82,7 @@ def _write_json(path: Path, folders: list[Path], groups: list[Group]) -> None:
                     "mirrored": group.mirrored, "crossing": len(group.folders) > 1,
                     "files": [str(picture.file) for picture in group.pictures]} for group in groups],
     }
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 # ---- split ----

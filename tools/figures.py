@@ -16,7 +16,7 @@ from utils import Parser, UserError, check_names, count, run_cli
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     sweep = commands.add_parser("sweep", help="score over the number of rounds and over the sweet spot")
     sweep.add_argument("csv", type=Path)

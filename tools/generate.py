@@ -12,13 +12,11 @@ from pathlib import Path
 
 from utils import Parser, UserError, amount, check_names, count, pick_device, progress, run_cli, seeded, writable_folder
 
-HERE = Path(__file__).resolve().parent.parent
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m tools.generate", description=__doc__)
     flag = parser.add_argument
-    flag("--checkpoint", default=str(HERE / "checkpoints/cat64.safetensors"), help="model (default: the bundled one)")
+    flag("--checkpoint", metavar="FILE", help="model (default: the bundled one)")
     flag("--output", default="out/generated", help="folder for the results (default: %(default)s)")
     flag("--count", type=count, default=16, help="number of pictures (default: %(default)s)")
     flag("--seeds", type=int, nargs="+", help="one picture for each of these seeds, instead of --count and --seed")
@@ -62,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     seeds = args.seeds or list(range(args.seed, args.seed + args.count))
     folder = Path(args.output)
     paths = {seed: folder / "images" / f"cat_{seed:05d}.png" for seed in seeds}
-    refuse_overwriting([args.checkpoint], paths.values())
+    refuse_overwriting(filter(None, [args.checkpoint]), paths.values())
     model = MaskGIT.from_pretrained(args.checkpoint, device=device)
     writable_folder(folder)
     size = model.image_size

@@ -20,7 +20,6 @@ from evaluation.flags import add_score_flags
 from utils import (
     Parser,
     amount,
-    atomic_write,
     check_names,
     count,
     pick_device,
@@ -28,6 +27,7 @@ from utils import (
     run_cli,
     seeded,
     writable_folder,
+    write_text,
 )
 
 REFERENCE = "Navier-Stokes"    # the rung that the ratios are of: the best classic method
@@ -186,8 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "tools.ladder", *(sys.argv[1:] if argv is None else argv)])
     text = report(rows, columns, judge.notes(len(pictures)), command)
     tables.write_csv(args.output / "ladder.csv", ["method", *columns, "n"], rows)
-    with atomic_write(args.output / "ladder.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(args.output / "ladder.md", text)
     longest = max(max(x.original.shape[1:]) for x in shown)
     scale = max(1, DRAWN // 2 // longest) if longest <= DRAWN else DRAWN / longest
     write_grid(args.output / "pictures.png", list(grid.values()), list(grid), [x.name for x in shown], scale)

@@ -25,13 +25,13 @@ from utils import (
     Parser,
     UserError,
     amount,
-    atomic_write,
     check_names,
     count,
     pick_device,
     progress,
     run_cli,
     writable_folder,
+    write_text,
 )
 
 
@@ -127,8 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             tables.write_csv(args.output / "results.csv", header, rows)
     command = shlex.join(["python", "-m", "tools.sweep", *(sys.argv[1:] if argv is None else argv)])
     text = sweep_report.report(rows, args, judge, command)
-    with atomic_write(args.output / "results.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(args.output / "results.md", text)
     if args.figures:
         sweep_report.draw(model, shown, rows, judge, args)
     print(text)

@@ -40,17 +40,11 @@ class TrainConfig:
     save_every: Count = 500             # steps between two last.pt
     validate_every: Count = 1           # epochs between two validations, each of which may write a checkpoint
     val_pictures: Count = 256
+    windows: Steps = 0                  # of photographs (see training/windows.py) that make up an epoch; 0: whole pictures
 
 
 @dataclass(config=STRICT)
-class WindowsConfig(TrainConfig):
-    """Keys of the stages that can learn from windows of photographs, see training/windows.py: all of them."""
-
-    windows: Steps = 0                  # windows that make up an epoch; 0: whole pictures
-
-
-@dataclass(config=STRICT)
-class GuessConfig(WindowsConfig):
+class GuessConfig(TrainConfig):
     """Keys of the stages that can learn to take a guess of the hole's content: stage 2 and the finish."""
 
     guess_share: Fraction = 0.5         # share of the windows with a guess of the hole's content

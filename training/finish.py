@@ -19,23 +19,22 @@ from models.config import STRICT, Count
 from models.discriminator import FeatureDiscriminator, PatchDiscriminator
 from models.maskgit import MaskGIT
 from models.perceptual import PerceptualFeatures, perceptual_distance
-from pictures.folders import load_folder
 from pictures.images import to_float
 from training.config import Fraction, GuessConfig, Positive, Steps, Weight
 from training.finish_losses import decoder_terms, discriminator_terms
 from training.finish_models import continue_discriminators, load_discriminators, load_model, load_networks
 from training.loop import run_stage
-from training.losses import hole_psnr, validation_holes, write_grid
+from training.losses import hole_psnr, validation_holes
 from training.masks import open_masks
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import load_sections
-from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures, other_folders
+from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures
 from training.processes import on_main
 from training.run import Run
 from training.sampled_batches import Batch, draw_batch, prepare
 from training.speed import Ahead, Captured, in_side_stream
 from training.weights import fingerprint_module, guess_inputs
-from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_windows, write_windows
+from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_sets, write_completions
 from utils import UserError, build_config
 
 Scales = Annotated[list[Count], Field(min_length=1)]    # enlargements at which a perceptual network looks
@@ -146,10 +145,7 @@ class FinishRun(Run):
 
     def validate(self, epoch: int, grid: Path) -> dict[str, float]:
         if self.accelerator.is_main_process:
-            if self.val_windows is None:
-                write_completions(self, grid)
-            else:
-                write_windows(self.accelerator, self.model, self.val_windows, grid)
+            write_completions(self, self.model, grid, total_iter=8)
         return validate(self)
 
     def export(self, path: Path, step: int) -> None:
@@ -178,13 +174,9 @@ def build_run(args: argparse.Namespace, c: FinishConfig, accelerator: Accelerato
         continue_discriminators(args.discriminators, earlier, both)
     elif first is not None:
         continue_discriminators(args.vqgan, {"discriminator": first}, both)
-    masks, val_windows = open_masks(args), None
-    if c.windows:
-        pictures, val_windows = open_windows(args, model.image_size, c, accelerator, masks)
-        val_images = val_windows.image
-    else:
-        pictures = open_pictures(args, model.image_size, c, accelerator)    # last: a large set takes minutes
-        val_images = load_folder(args.val_dir, model.image_size, args.bad_images, other_folders(args))[: c.val_pictures]
+    masks = open_masks(args)
+    whole = partial(open_pictures, args, model.image_size, c, accelerator)    # last: a large set takes minutes
+    pictures, val_images, val_windows = open_sets(args, model.image_size, c, accelerator, masks, whole)
     given |= input_pictures(args, pictures, val_images)
 
     layout = {"memory_format": torch.channels_last}
@@ -286,13 +278,3 @@ def validate(run: FinishRun) -> dict[str, float]:
 
     scores = run.mean_scores(sums(), len(images))
     return scores | {"val_loss": scores["val_true_perceptual"] + scores["val_sampled_perceptual"]}
-
-
-@torch.no_grad()
-def write_completions(run: FinishRun, path: Path) -> None:
-    """A grid of 12 validation pictures: as they are, with their holes, completed and pasted."""
-    hole = validation_holes(run)[:12].to(run.accelerator.device)
-    image = to_float(run.val_images[:12]).to(run.accelerator.device)
-    with run.accelerator.autocast():
-        done = run.model.complete(image, hole, range(len(image)), total_iter=8).images
-    write_grid(path, image, image.masked_fill(hole, 0), torch.where(hole, done, image))

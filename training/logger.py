@@ -4,7 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from utils import UserError, atomic_write
+from utils import UserError, write_text
 
 
 class Logger:
@@ -25,8 +25,7 @@ class Logger:
                 with contextlib.suppress(ValueError, KeyError, TypeError):    # a line cut by a kill, or not ours
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(kept))
+        write_text(self.path, "".join(kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, **values: float) -> None:

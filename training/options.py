@@ -32,14 +32,12 @@ def training_parser(description: str) -> Parser:
     return parser
 
 
-def add_shard_flags(parser: Parser) -> None:
+def add_pixel_flags(parser: Parser) -> None:
+    """The flags of the two stages that read pixels at every step and have a perceptual loss."""
     flag = parser.add_argument
     flag("--train-pictures", type=int, help="pictures in the shards (default: counted from their headers)")
     flag("--workers", type=int, default=0, help="processes that read shards ahead (default: none)")
-
-
-def add_perceptual_flag(parser: Parser) -> None:
-    parser.add_argument("--perceptual-weights", help="file with the perceptual network's weights (default: downloaded)")
+    flag("--perceptual-weights", help="file with the perceptual network's weights (default: downloaded)")
 
 
 def keys_set(args: Any, section: str) -> list[str]:

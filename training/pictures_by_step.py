@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pictures.files import find_images
 from pictures.folders import load_folder
-from pictures.shards import count_pictures, is_shards, open_shards
+from pictures.shards import ShardStream, count_pictures, is_shards, shard_urls
 from training.processes import on_main
 from utils import UserError, fingerprint, seeded
 
@@ -62,9 +62,8 @@ class ShardPictures:
         epoch, k = divmod(step, self.count // self.batch_size)
         if step != self.next_step or k == 0:
             mine = self.batch_size // self.processes
-            shards = open_shards(self.pattern, self.size, batch_size=mine, seed=self.seed, epoch=epoch,
-                                 rank=self.rank, world_size=self.processes, start=k * mine,
-                                 bad_images=self.bad_images)    # fmt: skip
+            shards = ShardStream(self.pattern, self.size, mine, self.seed, epoch, self.rank, self.processes, k * mine,
+                                 self.bad_images)    # fmt: skip
             # A generator of its own: the loader would draw from the global one, which dropout draws from as well.
             self.stream = iter(DataLoader(shards, mine, num_workers=self.workers, drop_last=True,
                                           worker_init_fn=_ignore_signals, generator=torch.Generator()))    # fmt: skip
@@ -82,35 +81,34 @@ def _ignore_signals(worker: int) -> None:
 
 
 def open_pictures(args: Any, size: int, c: Any, accelerator: Any) -> FolderPictures | ShardPictures:
-    """The training pictures that --train-dir names. Raises if they don't make up one batch."""
+    """The training pictures that --train-dir names."""
     paths = args.train_dir
     place = {"seed": c.seed, "rank": accelerator.process_index, "processes": accelerator.num_processes}
     if args.workers < 0 or (args.train_pictures is not None and args.train_pictures < 1):
         raise UserError("--workers must be 0 or more and --train-pictures at least 1")
     if not any(is_shards(path) for path in paths):
         images = torch.cat([load_folder(path, size, args.bad_images, other_folders(args)) for path in paths])
-        pictures = FolderPictures(images, c.batch_size, **place)
-    elif len(paths) == 1:
-        shards = open_shards(paths[0], size).urls
-        count = args.train_pictures or on_main(accelerator, lambda: sum(map(count_pictures, shards)))
-        pictures = ShardPictures(paths[0], count, size, c.batch_size, **place, workers=args.workers,
-                                 bad_images=args.bad_images)    # fmt: skip
-    else:
+        return FolderPictures(images, c.batch_size, **place)
+    if len(paths) > 1:
         raise UserError("--train-dir takes folders, or one quoted pattern of shards such as 'cats-{0000..0099}.tar'")
-    check_one_batch(len(pictures), c)
-    return pictures
+    shards = shard_urls(paths[0])
+    count = args.train_pictures or on_main(accelerator, lambda: sum(map(count_pictures, shards)))
+    return ShardPictures(paths[0], count, size, c.batch_size, **place, workers=args.workers, bad_images=args.bad_images)
 
 
 def input_pictures(args: Any, pictures: Sized, val_images: Tensor) -> dict[str, str]:
     """What the training and validation pictures are: how many, and a hash of their files' names and sizes."""
-    training = [(file.name, size(file)) for path in args.train_dir for file in picture_files(path, other_folders(args))]
+
+    def sizes(paths: Iterable[str], leave_out: Iterable[str] = ()) -> str:
+        files = (file for path in paths for file in picture_files(path, leave_out))
+        return fingerprint([(file.name, size_and_time(file)[0]) for file in files])
 
     def masks(path: str | None) -> str:
-        return fingerprint([(file.name, size(file)) for file in picture_files(path)]) if path else "drawn at random"
+        return sizes([path]) if path else "drawn at random"
 
     return {
         "training masks": masks(args.train_masks), "validation masks": masks(args.val_masks),
-        "training pictures": f"{len(pictures)} ({fingerprint(training)})",
+        "training pictures": f"{len(pictures)} ({sizes(args.train_dir, other_folders(args))})",
         "validation pictures": f"{len(val_images)} ({fingerprint(val_images)})",
     }
 
@@ -124,17 +122,17 @@ def other_folders(args: Any) -> list[str]:
 def picture_files(path: str, leave_out: Iterable[str] = ()) -> list[Path]:
     """The pictures of a folder, or the shards of a pattern."""
     if is_shards(path):
-        return [Path(url) for url in open_shards(path, 1).urls]
+        return [Path(url) for url in shard_urls(path)]
     return list(find_images(path, leave_out).values())
 
 
-def size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0    # a shard on another machine
-
-
-def check_one_batch(pictures: int, c: Any) -> None:
-    if pictures < c.batch_size:
-        raise UserError(f"{pictures} training pictures are fewer than one batch ({c.batch_size}); lower --batch-size")
+def size_and_time(file: Path) -> tuple[int, int]:
+    """Bytes, and nanoseconds of the last change; zeros of a shard on another machine."""
+    try:
+        status = file.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=1)    # asked for at every step, new once an epoch

@@ -47,18 +47,19 @@ def draw_masks(
     holes = scattered.view(count, 1, grid, grid).repeat_interleave(stride, 2).repeat_interleave(stride, 3)
     holes = torch.where(hole_like.view(-1, 1, 1, 1), draw(count, size, generator), holes)
     holes = holes | full.view(-1, 1, 1, 1)                                                   # (B, 1, H, W)
-    inside = pixel_to_token_mask(holes, stride)                                              # (B, N)
-    share = gamma(c.mask_schedule, torch.rand(count, generator=generator, dtype=torch.float64))
-    share = torch.where(hole_like | full, share, 1.0)                                        # (B,)
-    hidden = (share * inside.sum(1)).ceil().long().clamp_min(1)                              # (B,)
-    order = torch.rand(count, N, generator=generator).masked_fill(~inside, float("inf"))
-    return holes, lowest(order, hidden)
+    return holes, hide_tokens(holes, stride, c.mask_schedule, generator, hole_like | full)
 
 
-def hide_tokens(holes: Tensor, stride: int, schedule: str, generator: torch.Generator) -> Tensor:
-    """Hide a share gamma(r), r uniform, of the tokens inside each hole (B, 1, H, W): (B, N) bool, at least one in a row."""
+def hide_tokens(
+    holes: Tensor, stride: int, schedule: str, generator: torch.Generator, partly: Tensor | bool = True
+) -> Tensor:
+    """Hide a share gamma(r), r uniform, of the tokens inside each hole (B, 1, H, W): (B, N) bool, at least one in a row.
+
+    `partly`: (B,) bool; where it is False, all of them are hidden.
+    """
     inside = pixel_to_token_mask(holes, stride)                                              # (B, N)
-    share = gamma(schedule, torch.rand(len(holes), generator=generator, dtype=torch.float64))    # (B,)
+    share = gamma(schedule, torch.rand(len(holes), generator=generator, dtype=torch.float64))
+    share = torch.where(torch.as_tensor(partly), share, 1.0)                                 # (B,)
     hidden = (share * inside.sum(1)).ceil().long().clamp_min(1)                              # (B,)
     order = torch.rand(inside.shape, generator=generator).masked_fill(~inside, float("inf"))
     return lowest(order, hidden)

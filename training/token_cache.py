@@ -17,7 +17,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,12 +29,12 @@ from torch import Tensor
 
 from models.vqgan import VQGAN
 from pictures.files import find_images
-from pictures.folders import read_square
+from pictures.folders import read_all, read_square
 from pictures.images import to_float
-from pictures.shards import count_pictures, is_shards, open_shards
-from training.pictures_by_step import other_folders
+from pictures.shards import ShardStream, count_pictures, is_shards, shard_urls
+from training.pictures_by_step import other_folders, size_and_time
 from training.processes import on_main
-from utils import UserError, atomic_write, fingerprint, progress
+from utils import UserError, atomic_write, fingerprint, progress, write_text
 
 PIECE = 1024    # files of a folder in a piece; pictures held at a time
 BATCH = 128     # pictures encoded at a time
@@ -71,8 +70,10 @@ def open_tokens(
     weights = [*vqgan.encoder.state_dict().values(), *vqgan.codebook.state_dict().values()]
     about = {
         "tokenizer": fingerprint(c.encoder, c.image_size, c.stride, c.l2_normalize, *weights),
-        "pictures": fingerprint_pictures(pieces), "pixels": pixels,
-    }    # fmt: skip
+        # Names, sizes and times of all files. Reading the files would take too long.
+        "pictures": fingerprint([[(file.name, *size_and_time(file)) for file in piece.files] for piece in pieces]),
+        "pixels": pixels,
+    }
     on_main(accelerator, lambda: check_about(folder, about))
     mine = pieces[accelerator.process_index :: accelerator.num_processes]
     build(folder, mine, partial(encode, vqgan, device=accelerator.device), c.image_size, mirror, pixels, args.bad_images)
@@ -85,24 +86,11 @@ def list_pieces(paths: list[str], leave_out: Iterable[str] = ()) -> list[Piece]:
     parts: list[tuple[list[Path], str | None]] = []
     for path in paths:
         if is_shards(path):
-            parts += [([Path(url)], url) for url in open_shards(path, 1).urls]
+            parts += [([Path(url)], url) for url in shard_urls(path)]
         else:
             files = list(find_images(path, leave_out).values())
             parts += [(files[start : start + PIECE], None) for start in range(0, len(files), PIECE)]
     return [Piece(f"{number:06d}", files, shard) for number, (files, shard) in enumerate(parts)]
-
-
-def fingerprint_pictures(pieces: list[Piece]) -> str:
-    """A hash of the names, sizes and times of all files. Reading the files would take too long."""
-    return fingerprint([[(file.name, *_size_and_time(file)) for file in piece.files] for piece in pieces])
-
-
-def _size_and_time(file: Path) -> tuple[int, int]:
-    try:
-        status = file.stat()
-    except OSError:    # a shard on another machine
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def check_about(folder: Path, about: dict[str, Any]) -> None:
@@ -115,8 +103,7 @@ def check_about(folder: Path, about: dict[str, Any]) -> None:
     """
     path = folder / "about.json"
     if not path.exists():
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(about, indent=1) + "\n")
+        write_text(path, json.dumps(about, indent=1) + "\n")
         return
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -142,7 +129,8 @@ def build(
     with progress(total=count, desc="encoding the training set", unit="picture", disable=not missing) as bar:
         for piece in missing:
             with contextlib.ExitStack() as stack:
-                outputs = [stack.enter_context(_open(path)) for path in _paths(folder, piece, mirror, pixels)]
+                written = [stack.enter_context(atomic_write(path)) for path in _paths(folder, piece, mirror, pixels)]
+                outputs = [stack.enter_context(open(path, "wb")) for path in written]
                 for images in (part for whole in _read(piece, size, bad_images, bad) for part in whole.split(BATCH)):
                     sides = [images, images.flip(3)] if mirror else [images]
                     arrays = [encode(side).numpy().astype(np.uint16) for side in sides] + [images.numpy()] * pixels
@@ -166,30 +154,14 @@ def _paths(folder: Path, piece: Piece, mirror: bool, pixels: bool) -> list[Path]
     return [folder / name.format(piece.name) for name, present in names.items() if present]
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        yield file
-
-
 def _read(piece: Piece, size: int, bad_images: str, bad: list[UserError]) -> Iterator[Tensor]:
     """A piece's pictures, (n, 3, size, size) uint8 at a time. Errors of pictures that are skipped go to `bad`."""
     if piece.shard is not None:
-        stream = iter(open_shards(piece.shard, size, seed=None, bad_images=bad_images))
+        stream = iter(ShardStream(piece.shard, size, seed=None, bad_images=bad_images))
         while images := list(islice(stream, PIECE)):
             yield torch.stack(images)
         return
-
-    def read(file: Path) -> Tensor | UserError:
-        try:
-            return read_square(file, size)
-        except UserError as error:
-            if bad_images == "error":
-                raise
-            return error
-
-    with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
-        found = list(pool.map(read, piece.files))
+    found = read_all(partial(read_square, size=size), piece.files, bad_images)
     bad += [error for error in found if isinstance(error, UserError)]
     if images := [image for image in found if isinstance(image, Tensor)]:
         yield torch.stack(images)

@@ -20,23 +20,21 @@ from models.maskgit import MaskGIT, pixel_to_token_mask
 from models.schedule import SCHEDULES
 from models.transformer import TransformerConfig
 from models.vqgan import VQGANConfig
-from pictures.folders import load_folder
 from pictures.images import to_float
 from training.config import Fraction, GuessConfig, Positive, Steps, Weight, check_size, fit_transformer
 from training.loop import is_due, run_stage
-from training.losses import validation_holes, write_grid
 from training.masks import open_masks
 from training.muon import Muon
 from training.optimization import cosine_rate, ema_decay_at, moved_further, set_rate, update_ema
 from training.options import keys_set, load_sections
-from training.pictures_by_step import check_one_batch, input_pictures, other_folders
+from training.pictures_by_step import input_pictures
 from training.processes import on_main
 from training.run import Run
 from training.speed import Ahead, Captured
 from training.token_batches import Batch, draw_batch, draw_masks, prepare
 from training.token_cache import TokenCache, encode, open_tokens
 from training.weights import guess_inputs, load_vqgan, trained_transformer, vqgan_with_guess
-from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_windows, write_windows
+from training.windows import GuessPlan, WindowBatch, Windows, make_guess, open_sets, write_completions
 from utils import UserError, build_config, seeded
 
 
@@ -57,7 +55,7 @@ class TrainTransformerConfig(GuessConfig):
     augment: Fraction = 0.0            # share of pictures turned, zoomed, moved and recoloured a little, encoded anew
     hole_share: Fraction = 0.6         # share of pictures whose hidden tokens lie in a hole-shaped mask
     full_share: Fraction = 0.15        # share of pictures of which nothing is known; the rest: tokens scattered at random
-    mask_schedule: Literal[SCHEDULES] = "cosine"    # gamma of the share hidden inside holes and of unknown pictures
+    mask_schedule: Literal[tuple(SCHEDULES)] = "cosine"    # gamma of the share hidden in holes and of unknown pictures
     sample_every: Count = 5            # epochs between two grids of completions, written with a validation
     val_pictures: Count = 512
 
@@ -117,10 +115,7 @@ class TransformerRun(Run):
 
     def validate(self, epoch: int, grid: Path) -> dict[str, float]:
         if self.accelerator.is_main_process and is_due(epoch, self.config.sample_every, self.config.epochs):
-            if self.val_windows is None:
-                write_completions(self, grid)
-            else:
-                write_windows(self.accelerator, self.ema, self.val_windows, grid)
+            write_completions(self, self.ema, grid, from_nothing=True)
         scores = validate(self)
         self.plateau.step(scores["val_loss"])
         return scores
@@ -149,16 +144,10 @@ def build_run(
         model.embed_codes(seeded(c.seed, "embed codes"))
     model.to(accelerator.device)
 
-    masks, val_windows = open_masks(args), None
-    if c.windows:
-        pictures, val_windows = open_windows(args, model.image_size, c, accelerator, masks)
-        val_images = val_windows.image
-    else:
-        val_images = load_folder(args.val_dir, model.image_size, args.bad_images, other_folders(args))[: c.val_pictures]
-        pixels = model_config.pixel_dim > 0 or c.augment > 0
-        pictures = open_tokens(args, model.vqgan, c.mirror, pixels, accelerator)
+    masks, pixels = open_masks(args), model_config.pixel_dim > 0 or c.augment > 0
+    whole = partial(open_tokens, args, model.vqgan, c.mirror, pixels, accelerator)
+    pictures, val_images, val_windows = open_sets(args, model.image_size, c, accelerator, masks, whole)
     val_tokens = encode(model.vqgan, val_images, accelerator.device)
-    check_one_batch(len(pictures), c)
 
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model.transformer, c)
@@ -273,14 +262,3 @@ def validate(run: TransformerRun) -> dict[str, float]:
     if windows is not None:    # of the windows with a guess alone
         scores["val_guessed"] *= int(masked.sum()) / max(1, int(masked[windows.plan.given].sum()))
     return scores
-
-
-@torch.no_grad()
-def write_completions(run: TransformerRun, path: Path) -> None:
-    """A grid of 12 validation pictures: as they are, with their holes, completed; last row: made from nothing."""
-    image = to_float(run.val_images[:12]).to(run.accelerator.device)
-    hole = validation_holes(run)[:12].to(image.device)
-    with run.accelerator.autocast():
-        done = run.ema.complete(image, hole, range(len(image))).images
-        made = run.ema.complete(image, torch.ones_like(hole), range(len(image)), total_iter=16).images
-    write_grid(path, image, image.masked_fill(hole, 0), torch.where(hole, done, image), made)

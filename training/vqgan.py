@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,25 +18,24 @@ from models.config import STRICT, Count
 from models.discriminator import PatchDiscriminator, feature_matching, hinge_loss
 from models.perceptual import PerceptualFeatures, laplacian_distance, perceptual_distance
 from models.vqgan import VQGAN, VQGANConfig
-from pictures.folders import load_folder
 from pictures.images import to_float
-from training.config import Fraction, Positive, Weight, WindowsConfig, check_size, fit_decoder
+from training.config import Fraction, Positive, TrainConfig, Weight, check_size, fit_decoder
 from training.loop import run_stage
 from training.losses import hole_l1, hole_psnr, load_features, validation_holes, write_grid
 from training.masks import open_masks
 from training.optimization import cosine_rate, ema_decay_at, set_rate, update_ema
 from training.options import keys_set, load_sections
-from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures, other_folders
+from training.pictures_by_step import FolderPictures, ShardPictures, input_pictures, open_pictures
 from training.processes import on_main
 from training.run import Run
 from training.speed import Ahead
 from training.weights import fingerprint_module, trained_vqgan
-from training.windows import Windows, open_windows
+from training.windows import Windows, open_sets
 from utils import UserError, build_config, seeded
 
 
 @dataclass(config=STRICT)
-class TrainVQGANConfig(WindowsConfig):
+class TrainVQGANConfig(TrainConfig):
     learning_rate: Positive = 4e-4
     discriminator_rate: Positive = 2e-4    # constant
     validate_every: Count = 2
@@ -118,12 +118,8 @@ def build_run(
 ) -> VQGANRun:
     """Pictures, models, optimizers and losses, on their device."""
     size, masks = model_config.image_size, open_masks(args)
-    if c.windows:
-        pictures, val_windows = open_windows(args, size, c, accelerator, masks)
-        val_images = val_windows.image
-    else:
-        pictures = open_pictures(args, size, c, accelerator)
-        val_images = load_folder(args.val_dir, size, args.bad_images, other_folders(args))[: c.val_pictures]
+    whole = partial(open_pictures, args, size, c, accelerator)
+    pictures, val_images, _ = open_sets(args, size, c, accelerator, masks, whole)
     torch.manual_seed(c.seed)
     vqgan = VQGAN(model_config)
     if args.init:

@@ -1,4 +1,4 @@
-"""Takes weights from other runs and model files, and writes the finished model."""
+"""Takes weights from other runs and model files."""
 
 from dataclasses import asdict, replace
 from pathlib import Path

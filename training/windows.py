@@ -5,8 +5,7 @@ hole it is given the enlarged completion of the size below, a guess. Here such w
 All of a batch is a function of (seed, step), as everywhere.
 """
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +18,12 @@ from models.maskgit import MaskGIT
 from models.vqgan import VQGAN
 from pictures import holes as random_masks
 from pictures.files import find_images
+from pictures.folders import load_folder, read_all
 from pictures.holes import window_holes
 from pictures.images import read_image, to_float
 from pictures.shards import is_shards
 from training.config import GuessConfig
-from training.losses import write_grid
+from training.losses import validation_holes, write_grid
 from training.masks import Masks, MaskSource
 from training.pictures_by_step import other_folders
 from utils import UserError, notice, seeded
@@ -52,18 +52,12 @@ def _load_folder(path: str, bad_images: str, leave_out: Iterable[str]) -> list[T
     if is_shards(path):
         raise UserError(f"windows are cut from folders of photographs, not from shards; got --train-dir {path}")
 
-    def load(file: Path) -> Tensor | UserError:
-        try:
-            image = read_image(file)
-        except UserError as error:
-            if bad_images == "error":
-                raise
-            return error
+    def load(file: Path) -> Tensor:
+        image = read_image(file)
         shrink = SHORT_SIDE / min(image.shape[1:])
         return image if shrink >= 1 else resize_uint8(image, [max(1, round(side * shrink)) for side in image.shape[1:]])
 
-    with ThreadPoolExecutor() as pool:    # decoders release the interpreter lock
-        found = list(pool.map(load, find_images(path, leave_out).values()))
+    found = read_all(load, find_images(path, leave_out).values(), bad_images)
     good = [image for image in found if isinstance(image, Tensor)]
     if not good:
         raise UserError(f"none of the {len(found)} picture(s) in {path} can be read; the first: {found[0]}")
@@ -233,15 +227,24 @@ def resize_uint8(image: Tensor, sides: list[int]) -> Tensor:
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
-def validation_windows(
-    photographs: list[Tensor], size: int, count: int, seed: int, masks: Masks = random_masks
-) -> WindowBatch:
-    """Fixed windows, half of them with a guess."""
-    return Windows(photographs, size, count, count, seed, masks=masks).batch(0, "validation windows")
+def open_sets(
+    args: Any, size: int, c: Any, accelerator: Any, masks: MaskSource, whole: Callable[[], Sized]
+) -> tuple[Any, Tensor, WindowBatch | None]:
+    """The training set of --train-dir, for a stage's config, and the pictures of --val-dir to validate on.
 
-
-def open_windows(args: Any, size: int, c: Any, accelerator: Any, masks: MaskSource) -> tuple[Windows, WindowBatch]:
-    """The training windows of --train-dir, for a stage's config, and fixed ones of --val-dir to validate on."""
+    Args:
+        whole: makes a training set of whole pictures.
+    Returns:
+        The training set; (M, 3, size, size) uint8; where these are windows, what belongs to them: half have a guess.
+    """
+    if not c.windows:
+        val_images = load_folder(args.val_dir, size, args.bad_images, other_folders(args))[: c.val_pictures]
+        pictures = whole()
+        if len(pictures) < c.batch_size:
+            raise UserError(
+                f"{len(pictures)} training pictures are fewer than one batch ({c.batch_size}); lower --batch-size"
+            )
+        return pictures, val_images, None
     place = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
     if c.windows < c.batch_size:
         raise UserError(f"config windows ({c.windows}, an epoch) must be at least batch_size ({c.batch_size})")
@@ -249,16 +252,33 @@ def open_windows(args: Any, size: int, c: Any, accelerator: Any, masks: MaskSour
     photographs = load_photographs(args.train_dir, args.bad_images, other_folders(args))
     windows = Windows(photographs, size, c.windows, c.batch_size, c.seed, share, **place, masks=masks.train)
     val_photographs = load_photographs([args.val_dir], args.bad_images, other_folders(args))
-    return windows, validation_windows(val_photographs, size, c.val_pictures, c.seed, masks.val)
+    fixed = Windows(val_photographs, size, c.val_pictures, c.val_pictures, c.seed, masks=masks.val)
+    val_windows = fixed.batch(0, "validation windows")
+    return windows, val_windows.image, val_windows
 
 
 @torch.no_grad()
-def write_windows(accelerator: Any, model: MaskGIT, windows: WindowBatch, path: Path) -> None:
-    """A grid of 12 windows: as they are, with their holes, with the guesses in them, completed."""
-    image, holes, *plan = (x[:12].to(accelerator.device) for x in (windows.image, windows.holes, *windows.plan))
-    image = to_float(image)
-    guess = make_guess(model.vqgan, image, holes, GuessPlan(*plan))
-    with accelerator.autocast():
-        done = model.complete(image, holes, range(len(image)), guess=guess, total_iter=4).images
-    known = image.masked_fill(holes, 0)
-    write_grid(path, image, known, torch.where(guess[:, 3:].bool(), guess[:, :3], known), torch.where(holes, done, image))
+def write_completions(
+    run: Any, model: MaskGIT, path: Path, from_nothing: bool = False, total_iter: int | None = None
+) -> None:
+    """A grid of 12 validation pictures: as they are, with their holes, of windows with the guesses in them, and completed.
+
+    Args:
+        from_nothing: whole pictures are also made from nothing, in the last row.
+        total_iter: rounds of whole pictures.
+    """
+    windows = run.val_windows
+    fixed = run.val_images, windows.holes if windows else validation_holes(run), *(windows.plan if windows else ())
+    image, hole, *plan = (x[:12].to(run.accelerator.device) for x in fixed)
+    image, seeds, guess = to_float(image), range(len(image)), None
+    known = image.masked_fill(hole, 0)
+    rows = [image, known]
+    if plan:
+        guess, total_iter = make_guess(model.vqgan, image, hole, GuessPlan(*plan)), 4
+        rows.append(torch.where(guess[:, 3:].bool(), guess[:, :3], known))
+    with run.accelerator.autocast():
+        done = model.complete(image, hole, seeds, guess=guess, total_iter=total_iter).images
+        rows.append(torch.where(hole, done, image))
+        if from_nothing and not plan:
+            rows.append(model.complete(image, torch.ones_like(hole), seeds, total_iter=16).images)
+    write_grid(path, *rows)

@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from utils import Parser, UserError, atomic_write, count, writable_folder
+from utils import Parser, UserError, count, writable_folder, write_text
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"inpaint": completion, "photos": photos, "train": training}[args.what].measure(args, device)
     print(markdown(report))
     if args.json is not None:
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(report, indent=2) + "\n")
     return 0
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from models import MaskGIT
 from models.maskgit import patch_pixels
 from models.quantize import dequantize, quantize
-from utils import UserError, atomic_write, writable_folder
+from utils import UserError, atomic_write, writable_folder, write_text
 
 OPSET = 17    # of the oldest onnxruntime in requirements-dev.txt
 SMALL = 4096    # values; smaller weights stay in float32
@@ -86,13 +86,10 @@ def write_onnx(model: MaskGIT, folder: Path) -> list[Path]:
         with atomic_write(paths[-1]) as temporary:
             export(Part(model, function), given, outputs, temporary, any_size=name != "transformer")
             onnx.save(shrink(onnx.load(temporary)), temporary)
-    for name, write in (
-        ("codebook.npy", lambda path: path.write_bytes(npy(model.vqgan.codebook.codes()))),
-        ("config.json", lambda path: path.write_text(json.dumps(model.configs(), indent=2) + "\n")),
-    ):
-        paths.append(folder / name)
-        with atomic_write(paths[-1]) as temporary:
-            write(temporary)
+    paths += [folder / "codebook.npy", folder / "config.json"]
+    with atomic_write(paths[-2]) as temporary, open(temporary, "wb") as file:    # numpy would append .npy to a path
+        np.save(file, model.vqgan.codebook.codes().detach().numpy())
+    write_text(paths[-1], json.dumps(model.configs(), indent=2) + "\n")
     return paths
 
 
@@ -109,14 +106,6 @@ def export(part: Part, inputs: dict[str, Tensor], outputs: list[str], path: Path
             part, tuple(inputs.values()), str(path), dynamo=False, opset_version=OPSET, input_names=list(inputs),
             output_names=outputs, dynamic_axes=axes,
         )    # fmt: skip
-
-
-def npy(x: Tensor) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, x.detach().float().numpy())
-    return buffer.getvalue()
 
 
 def shrink(model):
