@@ -119,5 +119,3 @@ def use_fused_attention(module: nn.Module, fused: bool) -> None:
     for layer in module.modules():
         if isinstance(layer, MultiHeadAttention):
             layer.fused = fused
-
-

@@ -44,12 +44,6 @@ class Known(NamedTuple):
     caches: list[KVCache]      # of each block; windows that are not kept are left out
 
 
-class Completion(NamedTuple):
-    images: Tensor         # (W, 3, S, S) decoded windows in [-1, 1]
-    rounds: list[Round]    # tokens and masks after every round, (B, L)
-    known: Known
-
-
 def place_windows(wanted: Tensor, grid: int, reach: int) -> Tensor:
     """Few windows that show every wanted token with what surrounds it.
 

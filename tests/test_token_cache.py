@@ -1,6 +1,8 @@
 """The token cache: holds what the encoder says, goes on after a kill, refuses what is stale."""
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from tiny_runs import (
     write_shards,
 )
 
+import training_vqgan
 from pictures.folders import load_folder, read_square
 from pictures.shards import ShardStream
 from training import token_cache
@@ -200,6 +203,13 @@ def test_decoding_workers_change_nothing_and_outlive_a_stop_request(setting, tmp
     assert child.wait().code == 143, child.text
     succeed("vqgan", argv)
     assert_same_run(tmp_path / "whole", tmp_path / "a", "vqgan")
+
+
+def test_a_run_with_decoding_workers_ends(setting, tmp_path):
+    """In a process of its own, as Python waits for workers when it exits, which forked children leave out."""
+    shards = write_shards(setting.train, tmp_path, 7)
+    argv = setting.argv("vqgan", tmp_path / "a", "--workers", "1", "--epochs", "1", train=shards)
+    subprocess.run([sys.executable, training_vqgan.__file__, *argv], check=True, timeout=100)
 
 
 def test_tokens_only(setting, tmp_path):

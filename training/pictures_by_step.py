@@ -1,5 +1,6 @@
 """The training pictures of each step, from a folder in memory or from shards."""
 
+import atexit
 import functools
 import signal
 from collections.abc import Iterable, Iterator, Sized
@@ -53,6 +54,13 @@ class ShardPictures:
     bad_images: str   # error or skip
     next_step: int = -1
     stream: Iterator[Tensor] = iter(())
+
+    def __post_init__(self) -> None:
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the workers. At the end of Python they would be sent SIGTERM, which they ignore, and waited for forever."""
+        self.stream = iter(())
 
     def __len__(self) -> int:
         return self.count
