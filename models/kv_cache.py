@@ -31,7 +31,7 @@ class KVCache:
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take those of the tokens just computed, (B, heads, Q, d). Returns those of all, (B, heads, N, d)."""
         if self.places is None:
-            self.keys, self.values = keys, values
+            self.keys, self.values = keys.contiguous(), values.contiguous()    # a view would hold the queries in memory too
         else:
             at = self.places[:, None, :, None].expand_as(keys)
             self.keys.scatter_(2, at, keys)
@@ -45,6 +45,8 @@ class KVCache:
 
 def join_caches(parts: Sequence[Sequence[KVCache]]) -> list[KVCache]:
     """The caches of every layer, of all parts of a batch together."""
+    if len(parts) == 1:
+        return list(parts[0])    # without a copy
     return [
         KVCache(torch.cat([c.keys for c in layer]), torch.cat([c.values for c in layer]))
         for layer in zip(*parts, strict=True)
