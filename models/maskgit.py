@@ -130,19 +130,6 @@ class MaskGIT(nn.Module, ModelFiles):
         true, counts = tokens.flatten()[positions], masked.flatten()[positions]                        # (M,), (M,)
         return F.cross_entropy(logits.float(), true, label_smoothing=label_smoothing, reduction="none") * counts
 
-    @torch.no_grad()
-    def embed_codes(self, generator: torch.Generator | None = None) -> None:
-        """Start the token embedding from a random projection of the codes, so that tokens which look alike start alike.
-
-        The embedding is tied to the output, so a prediction starts as a smooth function of where its code lies, and a
-        small training set need not teach the transformer anew which of the K tokens resemble each other. Our addition.
-        """
-        codes, embedding = self.vqgan.codebook.codes(), self.transformer.token_embed.weight      # (K, d), (K + 1, D)
-        projection = torch.randn(codes.shape[1], embedding.shape[1], generator=generator)        # (d, D)
-        projected = (codes - codes.mean(0)) @ projection.to(codes)                               # (K, D)
-        std = embedding.std()
-        embedding[: len(codes)] = 0.9 * std * projected / projected.std() + 0.4 * embedding[: len(codes)]
-
     # ---- completion ----
 
     @torch.no_grad()

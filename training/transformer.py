@@ -141,7 +141,7 @@ def build_run(
         first = on_main(accelerator, lambda: trained_transformer("--init", args.init, model))
         model.transformer.load_state_dict(first)
     else:
-        model.embed_codes(seeded(c.seed, "embed codes"))
+        embed_codes(model, seeded(c.seed, "embed codes"))
     model.to(accelerator.device)
 
     masks, pixels = open_masks(args), model_config.pixel_dim > 0 or c.augment > 0
@@ -226,6 +226,20 @@ def gradients(
             accelerator.backward(mean)
         loss += mean.detach()
     return loss
+
+
+@torch.no_grad()
+def embed_codes(model: MaskGIT, generator: torch.Generator) -> None:
+    """Start the token embedding from a random projection of the codes, so that tokens which look alike start alike.
+
+    The embedding is tied to the output, so a prediction starts as a smooth function of where its code lies, and a
+    small training set need not teach the transformer anew which of the K tokens resemble each other. Our addition.
+    """
+    codes, embedding = model.vqgan.codebook.codes(), model.transformer.token_embed.weight      # (K, d), (K + 1, D)
+    projection = torch.randn(codes.shape[1], embedding.shape[1], generator=generator)        # (d, D)
+    projected = (codes - codes.mean(0)) @ projection.to(codes)                               # (K, D)
+    std = embedding.std()
+    embedding[: len(codes)] = 0.9 * std * projected / projected.std() + 0.4 * embedding[: len(codes)]
 
 
 # ---- validation ----
