@@ -62,7 +62,8 @@ def hole_places(hidden: Tensor) -> tuple[Tensor, Tensor]:
         (B, Q) int64 places, in order, filled up with the row's first; and (B, Q) bool, which are no filling.
     """
     count = hidden.sum(1, keepdim=True)                                        # (B, 1)
-    Q = min(int(count.max()) + -int(count.max()) % ROWS, hidden.shape[1])
+    most = int(count.max())                                                    # a GPU is waited for, once
+    Q = min(most + -most % ROWS, hidden.shape[1])
     places = hidden.byte().argsort(dim=1, descending=True, stable=True)[:, :Q]
     own = torch.arange(Q, device=hidden.device) < count                        # (B, Q)
     return torch.where(own, places, places[:, :1]), own

@@ -19,6 +19,7 @@ from .kv_cache import ROWS, KVCache, filled_up, hole_places
 from .local_autoencoder import condition, condition_channels
 from .transformer import BidirectionalTransformer, TransformerConfig
 from .vqgan import VQGAN, VQGANConfig
+from .windows import Known as WindowsKnown
 from .windows import WindowedModel, single_windows
 
 
@@ -34,7 +35,7 @@ class Known(NamedTuple):
 class Completion(NamedTuple):
     images: Tensor         # (B, 3, H, W) decoded pictures in [-1, 1]
     rounds: list[Round]    # tokens and masks after every round
-    known: Known
+    known: WindowsKnown    # each picture is a window
 
 
 def pixel_to_token_mask(mask: Tensor, stride: int) -> Tensor:

@@ -7,7 +7,7 @@ MultiDiffusion, Bar-Tal et al. 2023, https://arxiv.org/abs/2302.08113). The wind
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -133,6 +133,7 @@ class WindowedModel:
         self.batch_size = batch_size
         few = torch.tensor([n <= MOST_KEPT for n in layout.windows for _ in range(n)], device=image.device)
         self.kept = few & (model.vqgan.config.context_dim > 0)                   # (W,) whose keys and values are kept
+        self.cache_row = self.kept.cumsum(0) - 1                                 # (W,) where in the caches
 
     def parts(self, windows: Tensor | None = None) -> Sequence[Tensor]:
         """Numbers of windows, so many together as `batch_size` says."""
@@ -148,7 +149,7 @@ class WindowedModel:
         """The known part of the pictures. With `keep`, keys and values of the windows that are `kept` are kept."""
         shape = len(self.layout.lengths), self.layout.order.shape[1]
         kept = self.kept & keep
-        parts = [*self.parts(where(kept)), *self.parts(where(~kept))]
+        parts = [*self.parts(torch.where(kept)[0]), *self.parts(torch.where(~kept)[0])]
         seen, caches = [], []
         for part in parts:
             p = self.paired(part)
@@ -181,13 +182,14 @@ class WindowedModel:
         hidden = known.hidden.flatten()[self.index]                              # (W, N)
         kept = self.kept if known.caches and not first else torch.zeros_like(self.kept)
         by_size = hidden.sum(1).argsort(stable=True)                             # windows with holes of one size together
-        parts = [*self.parts(where(open_.any(1) & ~kept)), *self.parts(by_size[(open_.any(1) & kept)[by_size]])]
+        needed = open_.any(1)                                                    # (W,)
+        parts = [*self.parts(torch.where(needed & ~kept)[0]), *self.parts(by_size[(needed & kept)[by_size]])]
         out = None
         for p in parts:
             wanted, q = open_[p], self.paired(p)
             pixels = pick(known.pixels, q)
             if kept[p[0]]:
-                logits = self.model.later_logits(given[q], pixels, hidden[q], known.caches, (kept.cumsum(0) - 1)[q])
+                logits = self.model.later_logits(given[q], pixels, hidden[q], known.caches, self.cache_row[q])
             else:
                 logits = self.model.masked_logits(given[q], pixels, pick(known.features, q) if first else None)
             logits = logits[: wanted.sum()]                                      # (m, K)
@@ -198,14 +200,16 @@ class WindowedModel:
             out.index_add_(0, row[self.index[p][wanted]], logits)
         return out
 
-    def complete(self, generators: Sequence[torch.Generator], **options: Any) -> tuple[list[Round], Known]:
+    def complete(
+        self, generators: Sequence[torch.Generator], scale: Sequence[int] | None = None,
+        on_round: Callable[[int], None] | None = None, **options: Any,
+    ) -> tuple[list[Round], Known]:    # fmt: skip
         """All rounds, without the pictures; options as in `models.decoding.iterative_decode`.
 
         Where the number of rounds follows from the picture, rounds after the first compute the hole alone, see
         `models.kv_cache`.
         """
-        planned = Options(**{k: v for k, v in options.items() if k in Options.__dataclass_fields__}).planned
-        known = self.known(keep=planned is None)
+        known = self.known(keep=Options(**options).planned is None)
         rounds = 0
 
         def logits(tokens: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ class WindowedModel:
         done = iterative_decode(
             known.tokens, known.hidden, logits, mask_token_id=self.model.mask_token_id, generators=generators,
             own_temperature=self.model.transformer.config.temperature, lengths=self.layout.lengths,
-            order=self.layout.order.to(known.tokens.device), **options,
+            order=self.layout.order.to(known.tokens.device), scale=scale, on_round=on_round, **options,
         )    # fmt: skip
         return done, known
 
@@ -232,11 +236,6 @@ class WindowedModel:
 
 def pick(values: Tensor | None, which: Tensor) -> Tensor | None:
     return None if values is None else values[which]
-
-
-def where(chosen: Tensor) -> Tensor:
-    """The numbers of those that are True."""
-    return chosen.nonzero().squeeze(1)
 
 
 def join(values: Sequence[Tensor | None]) -> Tensor | None:
