@@ -31,9 +31,11 @@ def start_accelerator(device: str, precision: str, **ddp_options: bool) -> Accel
         torch.cuda.set_device(chosen)    # Accelerate takes the current device, or its local rank's under a launcher
     # An hour: the others wait while one of them encodes its part of the pictures or writes a checkpoint.
     handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=1)), DistributedDataParallelKwargs(**ddp_options)]
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no", cpu=chosen.type == "cpu", kwargs_handlers=handlers
     )
+    accelerator.wait_for_everyone()    # a process that is refused at once would end while another one still connects to it
+    return accelerator
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
