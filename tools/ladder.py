@@ -132,11 +132,13 @@ def climb(rung: Rung, pictures: list, judge, folder: Path, name: str) -> dict[st
 
 
 def add_ratios(rows: list[dict], names: list[str]) -> list[str]:
-    """To each row its distances over those of the reference rung; returns the columns, ratios included."""
+    """To each row its distances over those of the reference rung; returns the columns, spreads and ratios included."""
     [reference] = [row for row in rows if row["method"] == REFERENCE]
     columns = []
     for name in names:
         columns.append(name)
+        if f"{name} spread" in reference:
+            columns.append(f"{name} spread")
         if any(word in name for word in RATIOS):
             columns.append(f"{name} ratio")
             for row in rows:
@@ -150,7 +152,7 @@ def report(rows: list[dict], columns: list[str], notes: list[str], command: str)
 
     shown = [name for name in columns if is_distance(name) or name.removesuffix(" ratio") in SHOWN]
     heads = [f"/ {REFERENCE}" if name.endswith(" ratio") else name.replace("_", " ") for name in shown]
-    cells = [[row["method"], *(format_score(name, row[name]) for name in shown)] for row in rows]
+    cells = [[row["method"], *(format_score(name, row[name], row.get(f"{name} spread")) for name in shown)] for row in rows]
     lines = ["# Ladder", "", f"`{command}`", "", f"{rows[0]['n']} pictures. Distances, L1 and perceptual: lower is better. "
              "Seam and detail: mean gradient across the hole's rim and inside the hole over the originals', 1 is best."]
     return "\n".join([*lines, *(f"- {note}" for note in notes), "", *markdown(["", *heads], cells), ""])
@@ -180,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, rung in chosen.items():
         folder = args.output / folder_name(name)
         scores = climb(rung, pictures, judge, folder, name)
-        rows.append({"method": name} | {key: scores.get(key, math.nan) for key in names} | {"n": len(pictures)})
+        rows.append({"method": name} | dict.fromkeys(names, math.nan) | scores | {"n": len(pictures)})
         grid[name] = [sets.read_image(folder / f"{x.name}.png") for x in shown]
     columns = add_ratios(rows, names)
     command = shlex.join(["python", "-m", "tools.ladder", *(sys.argv[1:] if argv is None else argv)])
