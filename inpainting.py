@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flag = parser.add_argument
     flag("--checkpoint",
-         help="model (default: of checkpoints/, cat64.safetensors for pictures of 64x64 and photo.safetensors for others)")
+         help="model: cat64, photo, a file or a folder (default: cat64 for pictures of 64x64, photo for others)")
     flag("--images", default=str(SAMPLES / "images"), help="picture or folder (default: the bundled samples)")
     flag("--masks", default=str(SAMPLES / "masks"), help="mask or folder; black = hole, see --mask-hole")
     flag("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole (default: %(default)s)")

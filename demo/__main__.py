@@ -23,7 +23,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m demo", description=__doc__)
     flag = parser.add_argument
     flag("--checkpoint",
-         help="model (default: of checkpoints/, cat64.safetensors for pictures of 64x64 and photo.safetensors for others)")
+         help="model: cat64, photo, a file or a folder (default: cat64 for pictures of 64x64, photo for others)")
     flag("--samples", default=str(HERE / "samples"), help="folder with images/ and masks/, photo/ and photo_masks/")
     flag("--host", default="127.0.0.1", help="address to listen at (default: this computer only)")
     flag("--port", type=int, default=7860, help="default: %(default)s")

@@ -1,6 +1,6 @@
 """Model files: safetensors with the configs in the metadata, alone or in a folder of the Hugging Face hub's layout.
 
-    model = MaskGIT.from_pretrained()                              # the weights that come with this project
+    model = MaskGIT.from_pretrained("photo")                       # weights that come with this project
     model = MaskGIT.from_pretrained("runs/cat/model.safetensors", device="cuda")
     model.save_pretrained("cat")                                   # config.json, model.safetensors and a model card
 
@@ -26,7 +26,7 @@ from . import quantize
 from .precision import pick_precision
 
 FORMAT = "maskgit-inpainting"    # written into the metadata of weight files, so that foreign ones are recognised
-BUNDLED = "checkpoints/cat64.safetensors"
+BUNDLED = ("cat64", "photo")    # weights that come with this project; the first is the default
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")    # owner/name
 # What a file may hold in 8 bits: large matrices and kernels, most of its bytes. Never encoder and codebook, which would make
 # other tokens, nor the embedding, which decides between codes that are nearly tied.
@@ -81,8 +81,8 @@ class ModelFiles:
         """Load a model, in evaluation mode.
 
         Args:
-            source: a .safetensors file of `save_file`, a folder of `save_pretrained`, or a name owner/name on the Hugging
-                Face hub; None: the weights that come with this project.
+            source: "cat64" (default: cat faces of 64x64) or "photo" (photographs), the weights that come with this project;
+                a .safetensors file of `save_file`, a folder of `save_pretrained`, or owner/name on the Hugging Face hub.
             device: where to put the model, e.g. 'cuda'; default: the CPU.
             precision: what completions are computed in where the call does not say it: 'fp32', 'bf16' (faster where the
                 hardware multiplies in it) or 'auto', see `models.precision`; default: float32.
@@ -150,18 +150,22 @@ class ModelFiles:
 
 def find(source: str | Path | None) -> tuple[Path, str | None]:
     """The file or folder of `from_pretrained`'s source, and the model card that lies beside it."""
-    if source is None:
-        here = Path(__file__).resolve().parent
+    name = BUNDLED[0] if source is None else source
+    saved = source is not None and (Path(source) / "config.json").is_file()    # a model of one's own may have such a name
+    if name in BUNDLED and not saved:
+        here, file = Path(__file__).resolve().parent, f"checkpoints/{name}.safetensors"
         # The installed package holds the weights itself; in the repository they lie beside it.
-        path = next((p for p in (here / BUNDLED, here.parent / BUNDLED) if p.is_file()), here.parent / BUNDLED)
+        path = next((p for p in (here / file, here.parent / file) if p.is_file()), here.parent / file)
         card = path.with_name("README.md")
     else:
-        path = Path(source)
-        if not path.exists() and is_hub_name(source):
-            path = download(str(source))
+        path = Path(name)
+        if not path.exists() and is_hub_name(name):
+            path = download(name)
         card = path / "README.md"
     if not path.exists():
-        raise ModelFileError(f"checkpoint {path} not found; give a .safetensors file, a folder, or owner/name on the hub")
+        raise ModelFileError(
+            f"checkpoint {path} not found; give {', '.join(BUNDLED)}, a .safetensors file, a folder or owner/name on the hub"
+        )
     return path, card.read_text(encoding="utf-8") if card.is_file() else None
 
 
@@ -205,7 +209,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelFileError(f"checkpoint {path} not found; give a .safetensors file, such as {BUNDLED}")
+        raise ModelFileError(f"checkpoint {path} not found; give a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

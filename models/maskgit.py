@@ -1,6 +1,6 @@
 """MaskGIT for inpainting: a frozen VQGAN and the transformer that completes its tokens (Chang et al. 2022).
 
-    model = MaskGIT.from_pretrained("checkpoints/cat64.safetensors")
+    model = MaskGIT.from_pretrained("cat64")
     completed = model.inpaint(image, mask)        # PIL images, arrays or tensors; see `inpaint`
 """
 

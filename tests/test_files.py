@@ -75,6 +75,16 @@ def test_the_bundled_weights_and_the_machines_precision_are_the_default():
     assert [pick_precision(name, torch.device("cpu")) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
+def test_bundled_weights_are_known_by_name_unless_a_saved_model_has_it(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo").mkdir()    # such as a folder of pictures
+    photo, cat = MaskGIT.from_pretrained("photo"), MaskGIT.from_pretrained("cat64")
+    assert photo.vqgan.config.guess and "Licence" in photo.card
+    assert_same_model(cat, MaskGIT.from_pretrained())
+    model.save_pretrained("photo")
+    assert_same_model(model, MaskGIT.from_pretrained("photo"))
+
+
 @pytest.mark.parametrize("option, value", [
     ("dtype", torch.bfloat16), ("nonsense", 3), ("precision", "int4"), ("device", "tpu9"), ("device", "cuda:99"),
 ])

@@ -16,7 +16,7 @@ from utils import Parser, UserError, amount, check_names, count, pick_device, pr
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m tools.generate", description=__doc__)
     flag = parser.add_argument
-    flag("--checkpoint", metavar="FILE", help="model (default: the bundled one)")
+    flag("--checkpoint", metavar="FILE", help="model: a file, a folder, cat64 or photo (default: cat64)")
     flag("--output", default="out/generated", help="folder for the results (default: %(default)s)")
     flag("--count", type=count, default=16, help="number of pictures (default: %(default)s)")
     flag("--seeds", type=int, nargs="+", help="one picture for each of these seeds, instead of --count and --seed")

@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mask-hole", choices=("black", "white"), default="black", help="colour of the hole in the masks")
     parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures only")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--checkpoint", metavar="FILE", help="model (default: the bundled one)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="model: a file, a folder, cat64 or photo (default: cat64)")
     parser.add_argument("--total-iter", type=count, metavar="T", help="rounds (default: the model's)")
     parser.add_argument("--low-temperature", type=amount, default=0.3, help="of the safer rung (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -38,7 +38,7 @@ from utils import (
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--checkpoint", metavar="FILE", help="model (default: the bundled one)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="model: a file, a folder, cat64 or photo (default: cat64)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--figures", action=switch, default=True, help="draw the results (matplotlib)")
     parser.add_argument("--show", metavar="NAME", help="the picture of the rounds' figures (default: the first)")
