@@ -118,6 +118,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def find_pairs(args: argparse.Namespace) -> list[Pair]:
     """The pairs, when it is sure that nothing which is read will be written over."""
+    from models.files import BUNDLED
     from pictures.files import pair, refuse_overwriting
 
     pairs = pair(args.images, args.masks, leave_out=[args.output])
@@ -125,7 +126,8 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
     files = [file for _, *both in pairs for file in both]
     names = [sample_name(name, i, args) for name, *_ in pairs for i in range(args.num_samples)]
     written = [path for name in names for path in outputs(name, args)]
-    refuse_overwriting([*files, *folders, *([args.checkpoint] if args.checkpoint else [])], written)
+    checkpoint = [args.checkpoint] if args.checkpoint and args.checkpoint not in BUNDLED else []
+    refuse_overwriting([*files, *folders, *checkpoint], written)
     for path in written:
         if len(os.fsencode(path.name)) > LONGEST_NAME:
             raise UserError(f"{path} would have a name of more than {LONGEST_NAME} bytes; shorten the picture's name")

@@ -299,3 +299,11 @@ def test_a_photograph_gets_the_model_for_photographs(folders, tmp_path, monkeypa
     assert len(list((folders / "skip/images").iterdir())) == 5
     assert made["mixed"]["large.png"] == made["photo"]["large.png"] != made["cat"]["large.png"]
     assert made["mixed"]["cat_0.png"] == made["cat"]["cat_0.png"] != made["photo"]["cat_0.png"]
+
+
+def test_bundled_weights_have_names_which_the_output_may_have_too(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--images", folders / "images/cat_0.png", "--masks", folders / "masks/cat_0.png", "--total-iter", "1"]
+    for _ in range(2):
+        assert inpainting.main([str(a) for a in [*argv, "--checkpoint", "cat64", "--output", "cat64"]]) == 0
+    assert (tmp_path / "cat64/images/cat_0.png").is_file()
