@@ -48,7 +48,6 @@ if TYPE_CHECKING:    # slow to import, and --help does without
     from models.completion import Result, Snapshot
     from pictures.images import Picture
 
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 SAMPLES = Path(__file__).resolve().parent / "samples"
 AT_ONCE = 16_000_000    # pixels that wait for the model or the disk; smaller sets are read before anything is written
 SMALL = (64, 64)        # width and height of the pictures that cat64.safetensors is for
@@ -118,7 +117,6 @@ def check_args(args: argparse.Namespace) -> None:
 
 def find_pairs(args: argparse.Namespace) -> list[Pair]:
     """The pairs, when it is sure that nothing which is read will be written over."""
-    from models.files import BUNDLED
     from pictures.files import pair, refuse_overwriting
 
     pairs = pair(args.images, args.masks, leave_out=[args.output])
@@ -126,8 +124,7 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
     files = [file for _, *both in pairs for file in both]
     names = [sample_name(name, i, args) for name, *_ in pairs for i in range(args.num_samples)]
     written = [path for name in names for path in outputs(name, args)]
-    checkpoint = [args.checkpoint] if args.checkpoint and args.checkpoint not in BUNDLED else []
-    refuse_overwriting([*files, *folders, *checkpoint], written)
+    refuse_overwriting([*files, *folders, *([args.checkpoint] if args.checkpoint else [])], written)
     for path in written:
         if len(os.fsencode(path.name)) > LONGEST_NAME:
             raise UserError(f"{path} would have a name of more than {LONGEST_NAME} bytes; shorten the picture's name")
@@ -136,7 +133,9 @@ def find_pairs(args: argparse.Namespace) -> list[Pair]:
 
 def by_checkpoint(pairs: list[Pair], args: argparse.Namespace) -> dict[str, list[Pair]]:
     """The pairs by the model that completes them."""
-    small, photo = (str(CHECKPOINTS / f"{name}.safetensors") for name in ("cat64", "photo"))
+    from models.files import bundled
+
+    small, photo = str(bundled("cat64")), str(bundled("photo"))
     if args.checkpoint:
         return {args.checkpoint: pairs}
     if not os.path.exists(photo):
@@ -279,9 +278,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     from models import MaskGIT
+    from models.files import find
     from models.precision import pick_precision
 
     check_args(args)
+    if args.checkpoint:    # what is read for this name, so that it is not written over
+        args.checkpoint = str(find(args.checkpoint)[0])
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     pairs = find_pairs(args)

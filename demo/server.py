@@ -21,9 +21,9 @@ from starlette.requests import ClientDisconnect
 from demo.page import Page
 from demo.photos import find_samples
 from models import MaskGIT
+from models.files import BUNDLED, bundled
 from utils import UserError, pick_device
 
-BUNDLED = [Path(__file__).resolve().parents[1] / "checkpoints" / f"{name}.safetensors" for name in ("cat64", "photo")]
 CSS = Path(__file__).with_name("page.css")
 SESSIONS = 32    # visitors whose pictures are kept in memory
 
@@ -75,7 +75,7 @@ def launch(page: Page, args: argparse.Namespace) -> gr.Blocks:
 def load_models(args: argparse.Namespace) -> tuple[MaskGIT, MaskGIT]:
     """The model for pictures of 64x64, and the one for all others."""
     device = pick_device(args.device)
-    paths = [args.checkpoint] if args.checkpoint else [path for path in BUNDLED if path.exists()]
+    paths = [args.checkpoint] if args.checkpoint else [path for path in map(bundled, BUNDLED) if path.exists()]
     models = [MaskGIT.from_pretrained(path, device=device, precision=args.precision) for path in paths]
     return models[0], models[-1]
 

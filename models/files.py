@@ -148,14 +148,19 @@ class ModelFiles:
 # ---- reading ----
 
 
+def bundled(name: str) -> Path:
+    """The file of weights that come with this project, which need not be there."""
+    # The installed package holds the weights itself; in the repository they lie beside it.
+    inside, beside = (folder / "checkpoints" / f"{name}.safetensors" for folder in Path(__file__).resolve().parents[:2])
+    return inside if inside.is_file() else beside
+
+
 def find(source: str | Path | None) -> tuple[Path, str | None]:
     """The file or folder of `from_pretrained`'s source, and the model card that lies beside it."""
     name = BUNDLED[0] if source is None else source
     saved = source is not None and (Path(source) / "config.json").is_file()    # a model of one's own may have such a name
     if name in BUNDLED and not saved:
-        here, file = Path(__file__).resolve().parent, f"checkpoints/{name}.safetensors"
-        # The installed package holds the weights itself; in the repository they lie beside it.
-        path = next((p for p in (here / file, here.parent / file) if p.is_file()), here.parent / file)
+        path = bundled(name)
         card = path.with_name("README.md")
     else:
         path = Path(name)

@@ -7,6 +7,7 @@ from PIL import Image
 from small_sets import save_model, small_model
 
 import inpainting
+import models.files
 from models.transformer import Block
 from pictures.images import read_image, write_image
 from pictures.masks import read_mask
@@ -282,7 +283,7 @@ def test_a_photograph_gets_the_model_for_photographs(folders, tmp_path, monkeypa
     (tmp_path / "models").mkdir()
     for name, size in (("cat64", SIZE), ("photo", 2 * SIZE)):
         save_model(tmp_path / "models" / f"{name}.safetensors", size)
-    monkeypatch.setattr(inpainting, "CHECKPOINTS", tmp_path / "models")
+    monkeypatch.setattr(models.files, "bundled", lambda name: tmp_path / f"models/{name}.safetensors")
     monkeypatch.setattr(inpainting, "SMALL", (SIZE, SIZE))
     write_image(folders / "images/large.png", picture(9, 20, 40))
     hole = torch.zeros(1, 20, 40, dtype=torch.bool)

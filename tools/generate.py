@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from models import MaskGIT
     from models.completion import Job, complete_pictures
+    from models.files import find
     from pictures.files import refuse_overwriting
     from pictures.holes import random_holes
     from pictures.images import write_image
@@ -60,8 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     seeds = args.seeds or list(range(args.seed, args.seed + args.count))
     folder = Path(args.output)
     paths = {seed: folder / "images" / f"cat_{seed:05d}.png" for seed in seeds}
-    refuse_overwriting(filter(None, [args.checkpoint]), paths.values())
-    model = MaskGIT.from_pretrained(args.checkpoint, device=device)
+    checkpoint, _ = find(args.checkpoint)
+    refuse_overwriting([checkpoint], paths.values())
+    model = MaskGIT.from_pretrained(checkpoint, device=device)
     writable_folder(folder)
     size = model.image_size
     nothing, everywhere = torch.zeros(3, size, size, dtype=torch.uint8), torch.ones(1, size, size, dtype=torch.bool)

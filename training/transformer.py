@@ -235,7 +235,7 @@ def embed_codes(model: MaskGIT, generator: torch.Generator) -> None:
     The embedding is tied to the output, so a prediction starts as a smooth function of where its code lies, and a
     small training set need not teach the transformer anew which of the K tokens resemble each other. Our addition.
     """
-    codes, embedding = model.vqgan.codebook.codes(), model.transformer.token_embed.weight      # (K, d), (K + 1, D)
+    codes, embedding = model.vqgan.codebook.codes(), model.transformer.token_embed.weight    # (K, d), (K + 1, D)
     projection = torch.randn(codes.shape[1], embedding.shape[1], generator=generator)        # (d, D)
     projected = (codes - codes.mean(0)) @ projection.to(codes)                               # (K, D)
     std = embedding.std()
